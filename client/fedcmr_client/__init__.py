@@ -1,0 +1,1 @@
+"""The hospital: site store, importers, trainer and Flower ClientApp."""

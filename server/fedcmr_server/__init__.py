@@ -1,0 +1,1 @@
+"""The coordinator: round rules, server optimisers and Flower ServerApp."""

@@ -1,0 +1,1 @@
+"""Commands of the groups `models` and `schema`."""

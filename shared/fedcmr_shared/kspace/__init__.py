@@ -1,0 +1,1 @@
+"""Operators of multi-coil k-space: Fourier transform, coils, sampling masks, consistency."""

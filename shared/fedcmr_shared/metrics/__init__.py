@@ -1,0 +1,1 @@
+"""Image quality as the CardioMM protocol measures it."""

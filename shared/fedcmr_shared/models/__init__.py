@@ -1,0 +1,1 @@
+"""Networks, one file each, their registry and the bundles that carry their weights."""

@@ -1,0 +1,1 @@
+"""Frozen text encoders and the sentences that describe a scan to them."""

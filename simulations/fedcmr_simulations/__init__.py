@@ -1,0 +1,1 @@
+"""Virtual hospitals: phantom, simulated centres, federation runner and report."""
