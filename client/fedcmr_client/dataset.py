@@ -1,0 +1,110 @@
+"""Fully sampled images of a site's patients, drawn for training or listed for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedcmr_client.store.scan_file import ScanFile
+from fedcmr_client.store.site_store import ScanRecord
+from fedcmr_shared.errors import DataError
+from fedcmr_shared.kspace.coils import remove_readout_oversampling
+from fedcmr_shared.kspace.masks import Sampling, acs_region, make_mask, realised_acceleration
+from fedcmr_shared.text.prompts import metadata_text, sampling_text
+
+
+@dataclass(frozen=True)
+class Image:
+    """One fully sampled image.
+
+    ``kspace`` is complex64 [coil, phase, readout] without readout oversampling.
+    """
+
+    record: ScanRecord
+    frame: int
+    slice: int
+    kspace: Tensor
+
+
+@dataclass(frozen=True)
+class Undersampled:
+    """An image with its sampling mask and the texts that describe both.
+
+    ``mask`` and ``acs`` are bool [1, phase, readout].
+    """
+
+    image: Image
+    sampling: Sampling
+    mask: Tensor
+    acs: Tensor
+
+    @property
+    def measured(self) -> Tensor:
+        """Acquired k-space, zero elsewhere, complex64 [coil, phase, readout]."""
+        return self.image.kspace * self.mask
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Metadata sentence and undersampling sentence."""
+        return metadata_text(self.image.record.metadata), sampling_text(self.sampling)
+
+    @property
+    def realised_acceleration(self) -> float:
+        """All samples divided by acquired samples, calibration lines included."""
+        return realised_acceleration(self.mask.numpy())
+
+
+def undersample(image: Image, sampling: Sampling, seed: int) -> Undersampled:
+    """Apply one mask to ``image``; time-dependent patterns take the image's own frame."""
+    phase, readout = image.kspace.shape[-2:]
+    frames = image.record.metadata.frames
+    masks = make_mask(sampling, phase_encodes=phase, readout=readout, frames=frames, seed=seed)
+    acs = torch.zeros((1, phase, readout), dtype=torch.bool)
+    acs[(slice(None), *acs_region(sampling, phase, readout))] = True
+    return Undersampled(image, sampling, torch.from_numpy(masks[image.frame][None]), acs)
+
+
+def load_image(record: ScanRecord, frame: int, slice_index: int) -> Image:
+    """Read one image of a scan and remove its readout oversampling."""
+    with ScanFile(record.path) as scan:
+        kspace = torch.from_numpy(scan.image(frame, slice_index))
+    factor = record.metadata.readout_oversampling
+    return Image(record, frame, slice_index, remove_readout_oversampling(kspace, factor))
+
+
+def all_images(records: Sequence[ScanRecord]) -> Iterator[Image]:
+    """Every image of the given scans, in order of scan, frame and slice."""
+    for record in records:
+        for frame in range(record.metadata.frames):
+            for slice_index in range(record.metadata.slices):
+                yield load_image(record, frame, slice_index)
+
+
+class PatientSampler:
+    """Draws a patient uniformly, then one of that patient's images uniformly.
+
+    A patient with many scans therefore counts as much as one with few.
+    """
+
+    def __init__(self, records: Sequence[ScanRecord]) -> None:
+        if not records:
+            raise DataError("no scan to train on: import data or relax the job's modalities")
+        self._by_patient: dict[str, list[ScanRecord]] = {}
+        for record in records:
+            self._by_patient.setdefault(record.patient, []).append(record)
+        self._patients = sorted(self._by_patient)
+
+    def draw(self, generator: np.random.Generator) -> Image:
+        """Load one image."""
+        scans = self._by_patient[self._patients[generator.integers(len(self._patients))]]
+        images = np.array([scan.metadata.frames * scan.metadata.slices for scan in scans])
+        index = int(generator.integers(images.sum()))
+        ends = np.cumsum(images)
+        chosen = int(np.searchsorted(ends, index, side="right"))
+        within = index - int(ends[chosen] - images[chosen])
+        frame, slice_index = divmod(within, scans[chosen].metadata.slices)
+        return load_image(scans[chosen], frame, slice_index)

@@ -1,0 +1,190 @@
+"""Local training of a reconstructor on a site's own images."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedcmr_client.dataset import PatientSampler, Undersampled, undersample
+from fedcmr_client.store.site_store import ScanRecord
+from fedcmr_shared.errors import FederationError
+from fedcmr_shared.kspace.coils import rss
+from fedcmr_shared.kspace.fourier import ifft2c
+from fedcmr_shared.kspace.masks import Sampling
+from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.schemas.job import JobSpec, TrainingSpec
+from fedcmr_shared.text.encoders import TextEncoder
+
+SSIM_WINDOW = 7
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one matrix size and coil count, stacked; see `CardioMM.forward` for the shapes."""
+
+    measured: Tensor
+    mask: Tensor
+    acs: Tensor
+    metadata_text: Tensor
+    sampling_text: Tensor
+    target: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``."""
+        moved = {name: tensor.to(device) for name, tensor in vars(self).items()}
+        return replace(self, **moved)
+
+
+def collate(items: Sequence[Undersampled], encoder: TextEncoder) -> list[Batch]:
+    """Stack ``items`` into one batch per shape; order within a shape is kept."""
+    by_shape: dict[torch.Size, list[Undersampled]] = {}
+    for item in items:
+        by_shape.setdefault(item.image.kspace.shape, []).append(item)
+    batches = []
+    for group in by_shape.values():
+        texts = [item.texts for item in group]
+        kspace = torch.stack([item.image.kspace for item in group])
+        batches.append(
+            Batch(
+                measured=torch.stack([item.measured for item in group]),
+                mask=torch.stack([item.mask for item in group]),
+                acs=torch.stack([item.acs for item in group]),
+                metadata_text=encoder.encode([metadata for metadata, _ in texts]),
+                sampling_text=encoder.encode([sampling for _, sampling in texts]),
+                target=rss(ifft2c(kspace)),
+            )
+        )
+    return batches
+
+
+class Trainer:
+    """Trains one model at one site; keeps the optimiser's state between calls of :meth:`run`.
+
+    Everything random is a function of the job's seed, the site's name and the step number, so
+    that a round can be repeated and the same seed gives the same weights on a CPU.
+    """
+
+    def __init__(
+        self,
+        model: CardioMM,
+        job: JobSpec,
+        records: Sequence[ScanRecord],
+        encoder: TextEncoder,
+        *,
+        site: str,
+        device: str = "cpu",
+    ) -> None:
+        self._device = torch.device(device)
+        self._model = model.to(self._device)
+        self._job = job
+        self._encoder = encoder
+        self._site = zlib.crc32(site.encode())
+        self._sampler = PatientSampler(records)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimiser = _optimiser(job.training, self._parameters)
+
+    def run(self, first_step: int, steps: int) -> float:
+        """Take ``steps`` optimiser steps; ``first_step`` counts from the start of the job.
+
+        Returns:
+            Mean training loss over the steps.
+
+        Raises:
+            FederationError: the loss is not finite.
+        """
+        self._model.train()
+        losses = [self._step(step) for step in range(first_step, first_step + steps)]
+        return math.fsum(losses) / len(losses)
+
+    def _step(self, step: int) -> float:
+        generator = np.random.default_rng([self._job.seed, self._site, step])
+        items = [self._draw(generator) for _ in range(self._job.training.batch_size)]
+        for group in self._optimiser.param_groups:
+            group["lr"] = learning_rate(self._job, step)
+        self._optimiser.zero_grad()
+        total = 0.0
+        for batch in collate(items, self._encoder):
+            share = len(batch.target) / len(items)
+            loss = self._loss(batch.to(self._device)) * share
+            loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            raise FederationError(f"training loss is {total} at step {step}: lower learning_rate")
+        nn.utils.clip_grad_norm_(self._parameters, self._job.training.gradient_clip)
+        self._optimiser.step()
+        return total
+
+    def _draw(self, generator: np.random.Generator) -> Undersampled:
+        spec = self._job.sampling
+        sampling = Sampling(
+            pattern=spec.patterns[generator.integers(len(spec.patterns))],
+            acceleration=spec.accelerations[generator.integers(len(spec.accelerations))],
+            acs_lines=spec.acs_lines,
+        )
+        image = self._sampler.draw(generator)
+        return undersample(image, sampling, seed=int(generator.integers(2**31)))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        output = self._model(
+            batch.measured, batch.mask, batch.acs, batch.metadata_text, batch.sampling_text
+        )
+        return LOSSES[self._job.training.loss](output.image, batch.target)
+
+
+def learning_rate(job: JobSpec, step: int) -> float:
+    """Cosine decay over all steps of the job, down to the spec's final fraction."""
+    spec = job.training
+    progress = step / max(1, job.rounds * spec.local_steps)
+    low = spec.learning_rate * spec.final_learning_rate_fraction
+    return low + (spec.learning_rate - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+def l1_loss(image: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error of [B, y, x] magnitudes in units of the target's 99.5 percentile."""
+    return ((image - target).abs() / _scale(target)).mean()
+
+
+def ssim_loss(image: Tensor, target: Tensor) -> Tensor:
+    """1 - SSIM of [B, y, x] magnitudes, uniform 7×7 window (Wang et al., 10.1109/TIP.2003.819861).
+
+    The data range is the maximum of each target image.
+    """
+    data_range = target.amax((-2, -1), keepdim=True)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    samples = SSIM_WINDOW**2
+    unbiased = samples / (samples - 1)
+
+    mean_x, mean_y = _window_mean(image), _window_mean(target)
+    variance_x = unbiased * (_window_mean(image * image) - mean_x * mean_x)
+    variance_y = unbiased * (_window_mean(target * target) - mean_y * mean_y)
+    covariance = unbiased * (_window_mean(image * target) - mean_x * mean_y)
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
+    structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
+    return 1 - (luminance * structure).mean()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1_loss, "ssim": ssim_loss}
+
+
+def _window_mean(image: Tensor) -> Tensor:
+    return functional.avg_pool2d(image[:, None], SSIM_WINDOW, stride=1)[:, 0]
+
+
+def _scale(target: Tensor) -> Tensor:
+    return torch.quantile(target.flatten(1), 0.995, dim=1)[:, None, None]
+
+
+def _optimiser(spec: TrainingSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if spec.optimiser == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, momentum=0.9
+        )
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimiser]
+    return kind(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)

@@ -1,0 +1,115 @@
+"""Runs a job on Flower's simulation engine, in a process of its own.
+
+Flower's engine starts Ray and its own threads, and a Ray driver does not survive an interrupt well.
+In a child process both can be stopped from outside at any moment while the run folder stays whole.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+
+from fedcmr_shared.cli import FLOWER_SILENCE
+
+_QUIET = {
+    **FLOWER_SILENCE,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # One thread a worker; a second one gains little and contends with the other worker.
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+STOP_PATIENCE_S = 20.0
+
+
+@contextmanager
+def flower_process(
+    run_folder: Path, stores: list[Path], workers: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the engine for the job in ``run_folder``; on leaving, it and its children are gone.
+
+    What Flower and Ray print goes to ``flower.log`` in the run folder.
+    """
+    with TemporaryDirectory(prefix="fedcmr-flower-") as home, (run_folder / "flower.log").open(
+        "ab"
+    ) as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(run_folder), str(workers), *map(str, stores)],
+            env={**os.environ, **_QUIET, "FLWR_HOME": home, "RAY_TMPDIR": home},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            pass
+    try:
+        # Ray's helpers share the session of their driver.
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def _exit_on_terminate(_signal: int, _frame: FrameType | None) -> None:
+    import ray
+
+    ray.shutdown()
+    # Flower's server thread may wait for replies for minutes; there is nothing left to save.
+    os._exit(128 + signal.SIGTERM)
+
+
+def main(run_folder: Path, workers: int, stores: list[Path]) -> int:
+    """Run the job in ``run_folder`` with one virtual node per store; return the exit code."""
+    from flwr.simulation import run_simulation
+
+    from fedcmr_client.app import create_client_app
+    from fedcmr_server.app import create_server_app
+    from fedcmr_server.run_folder import RunFolder
+    from fedcmr_shared.errors import FedcmrError
+    from fedcmr_simulations.sites import SimulatedSites
+
+    signal.signal(signal.SIGTERM, _exit_on_terminate)
+    folder = RunFolder(run_folder)
+    resources = {"num_cpus": 1, "num_gpus": 0.0}
+    try:
+        run_simulation(
+            create_server_app(lambda _context: folder),
+            create_client_app(SimulatedSites(tuple(stores))),
+            num_supernodes=len(stores),
+            backend_config={
+                "init_args": {"num_cpus": workers, "include_dashboard": False},
+                "client_resources": resources,
+            },
+        )
+    except FedcmrError as error:
+        folder.record("failed", message=str(error))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)
+    run, workers_, *stores_ = sys.argv[1:]
+    sys.exit(main(Path(run), int(workers_), [Path(store) for store in stores_]))

@@ -1,0 +1,95 @@
+"""Messages survive the trip; a changed message does not."""
+
+import pytest
+import torch
+from fedcmr_shared.errors import FederationError
+from fedcmr_shared.federation.messages import (
+    Refusal,
+    Scores,
+    Task,
+    Update,
+    content_bytes,
+    unpack_answer,
+)
+from fedcmr_shared.schemas.job import JobSpec
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+STATE = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(True), "c": torch.tensor(2.5)}
+TASK = Task(JobSpec(seed=7), 3, STATE)
+
+
+def test_task_round_trip() -> None:
+    read = Task.unpack(TASK.pack())
+    assert read.job == TASK.job
+    assert read.round == 3
+    assert all(torch.equal(read.state[name], STATE[name]) for name in STATE)
+    read.state["b"].add_(1)  # what arrives may be trained on
+
+
+def test_a_swapped_model_is_noticed() -> None:
+    content = TASK.pack()
+    content["arrays"] = ArrayRecord({**STATE, "c": torch.tensor(2.6)})
+    with pytest.raises(FederationError, match="SHA-256"):
+        Task.unpack(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("job", "{}}", "job"),
+        ("job", '{"rounds": 0}', "rounds"),
+        ("round", 0, "round"),
+        ("round", "3", "round"),
+    ],
+)
+def test_a_malformed_task_is_refused(key: str, value: str | int, message: str) -> None:
+    content = TASK.pack()
+    header = content.config_records["header"]
+    header[key] = value
+    with pytest.raises(FederationError, match=message):
+        Task.unpack(content)
+
+
+@pytest.mark.parametrize("missing", ["header", "arrays"])
+def test_a_task_without_a_part_is_refused(missing: str) -> None:
+    content = TASK.pack()
+    del content[missing]
+    with pytest.raises(FederationError):
+        Task.unpack(content)
+
+
+def test_answers_round_trip() -> None:
+    update = Update("north", 2, "ab", {"b": torch.ones(2)}, 0.5)
+    read = unpack_answer(update.pack())
+    assert isinstance(read, Update)
+    assert (read.site, read.round, read.model_sha256, read.loss) == ("north", 2, "ab", 0.5)
+    assert torch.equal(read.delta["b"], torch.ones(2))
+    scores = Scores("north", 2, "ab", {"psnr": 31.5})
+    assert unpack_answer(scores.pack()) == scores
+    assert unpack_answer(Refusal("north", "data").pack()) == Refusal("north", "data")
+
+
+def test_a_refusal_carries_nothing_but_site_and_code() -> None:
+    content = Refusal("north", "data").pack()
+    assert dict(content["header"]) == {"site": "north", "refusal": "data"}
+    assert list(content) == ["header"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"round": 1, "model-sha256": "ab"},
+        {"site": "north"},
+        {"site": "north", "refusal": "patient Smith is ill"},
+    ],
+)
+def test_a_malformed_answer_is_refused(header: dict[str, str | int]) -> None:
+    with pytest.raises(FederationError):
+        unpack_answer(RecordDict({"header": ConfigRecord(header)}))  # type: ignore[arg-type]
+        # ConfigRecord takes a wider value type than the test's dictionary
+
+
+def test_size_counts_arrays() -> None:
+    delta = {"b": torch.ones(1000), "c": torch.ones(24)}
+    size = content_bytes(Update("north", 1, "ab", delta, 0.0).pack())
+    assert 4096 <= size < 4096 + 1024
