@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fedcmr_client.store.scan_file import ScanSource
 from fedcmr_client.store.site_store import SiteStore
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
 
 SiteFactory = Callable[..., Path]
+HALVES = SplitFractions(0.5, 0.25, 0.25)
 
 
 def smooth_kspace(
@@ -69,7 +71,7 @@ def make_site(tmp_path: Path) -> SiteFactory:
         phase: int = 32,
         readout: int = 32,
         first_seed: int = 0,
-        fractions: SplitFractions = SplitFractions(0.5, 0.25, 0.25),
+        fractions: SplitFractions = HALVES,
     ) -> Path:
         root = tmp_path / "sites" / name
         with SiteStore.create(root, secret=name.encode().ljust(32, b"0")) as store:

@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.models.registry import build_model
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -31,9 +33,7 @@ from fedcmr_shared.errors import (
 from fedcmr_shared.federation.messages import Refusal, RefusalCode, Scores, Task, Update
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.metrics.image_quality import score
-from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.cardiomm import CardioMM
-from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.text.encoders import CachedTextEncoder, TextEncoder, load_text_encoder
 
@@ -116,9 +116,7 @@ def evaluate_round(task: Task, site: Site) -> Scores:
     )
 
 
-def _answer(
-    message: Message, site: Site, work: Callable[[Task, Site], Update | Scores]
-) -> Message:
+def _answer(message: Message, site: Site, work: Callable[[Task, Site], Update | Scores]) -> Message:
     if site.threads is not None:
         torch.set_num_threads(site.threads)
     answer: Update | Scores | Refusal
@@ -141,7 +139,9 @@ def _code(error: FedcmrError) -> RefusalCode:
 def _model(task: Task) -> CardioMM:
     model = build_model(task.job.model)
     if not isinstance(model, CardioMM):
-        raise ModelError(f"model {task.job.model.name} is not a reconstructor that a site can train")
+        raise ModelError(
+            f"model {task.job.model.name} is not a reconstructor that a site can train"
+        )
     try:
         model.load_state_dict(dict(task.state))
     except RuntimeError as error:

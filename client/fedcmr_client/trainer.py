@@ -182,9 +182,9 @@ def _scale(target: Tensor) -> Tensor:
 
 
 def _optimiser(spec: TrainingSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    rate, decay = spec.learning_rate, spec.weight_decay
     if spec.optimiser == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, momentum=0.9
-        )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimiser]
-    return kind(parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=0.9)
+    if spec.optimiser == "adam":
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)

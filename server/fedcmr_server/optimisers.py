@@ -47,7 +47,9 @@ class Yogi(Optimizer):
                 square = parameter.grad**2
                 state["first"].lerp_(parameter.grad, 1 - beta1)
                 state["second"].sub_((1 - beta2) * square * (state["second"] - square).sign())
-                parameter.sub_(group["lr"] * state["first"] / (state["second"].sqrt() + group["tau"]))
+                parameter.sub_(
+                    group["lr"] * state["first"] / (state["second"].sqrt() + group["tau"])
+                )
 
 
 def _build(spec: ServerOptimiserSpec, parameters: list[Tensor]) -> Optimizer:

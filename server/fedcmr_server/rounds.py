@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.models.registry import build_model
 from torch import Tensor
 
 from fedcmr_server.links import Action, SiteLink
@@ -24,8 +26,6 @@ from fedcmr_shared.federation.messages import (
     content_bytes,
     unpack_answer,
 )
-from fedcmr_shared.models.bundle import state_sha256
-from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec
 
 _log = logging.getLogger("fedcmr.server")
@@ -155,4 +155,5 @@ def _ask(link: SiteLink, action: Action, task: Task, kind: type[Answer]) -> _Ans
 def initial_state(job: JobSpec) -> dict[str, Tensor]:
     """Model state before the first round; the same on every machine with the same torch."""
     torch.manual_seed(job.seed)
-    return build_model(job.model).state_dict()
+    state: dict[str, Tensor] = build_model(job.model).state_dict()
+    return state

@@ -60,7 +60,9 @@ def load_config(path: Path | None) -> SimulationConfig:
     try:
         content = yaml.safe_load(source.read_text())
     except OSError as error:
-        raise ConfigurationError(f"configuration {path} cannot be read: {error.strerror}") from error
+        raise ConfigurationError(
+            f"configuration {path} cannot be read: {error.strerror}"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"configuration {path} is not valid YAML: {error}") from error
     try:

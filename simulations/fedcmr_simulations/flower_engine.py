@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -40,9 +40,10 @@ def flower_process(
 
     What Flower and Ray print goes to ``flower.log`` in the run folder.
     """
-    with TemporaryDirectory(prefix="fedcmr-flower-") as home, (run_folder / "flower.log").open(
-        "ab"
-    ) as log:
+    with (
+        TemporaryDirectory(prefix="fedcmr-flower-") as home,
+        (run_folder / "flower.log").open("ab") as log,
+    ):
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(run_folder), str(workers), *map(str, stores)],
             env={**os.environ, **_QUIET, "FLWR_HOME": home, "RAY_TMPDIR": home},
@@ -60,15 +61,11 @@ def flower_process(
 def _stop(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            pass
-    try:
+    with suppress(ProcessLookupError):
         # Ray's helpers share the session of their driver.
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -82,6 +79,7 @@ def _exit_on_terminate(_signal: int, _frame: FrameType | None) -> None:
 
 def main(run_folder: Path, workers: int, stores: list[Path]) -> int:
     """Run the job in ``run_folder`` with one virtual node per store; return the exit code."""
+    from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
     from flwr.simulation import run_simulation
 
     from fedcmr_client.app import create_client_app
@@ -92,16 +90,16 @@ def main(run_folder: Path, workers: int, stores: list[Path]) -> int:
 
     signal.signal(signal.SIGTERM, _exit_on_terminate)
     folder = RunFolder(run_folder)
-    resources = {"num_cpus": 1, "num_gpus": 0.0}
+    backend: BackendConfig = {
+        "init_args": {"num_cpus": workers, "include_dashboard": False},
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+    }
     try:
         run_simulation(
             create_server_app(lambda _context: folder),
             create_client_app(SimulatedSites(tuple(stores))),
             num_supernodes=len(stores),
-            backend_config={
-                "init_args": {"num_cpus": workers, "include_dashboard": False},
-                "client_resources": resources,
-            },
+            backend_config=backend,
         )
     except FedcmrError as error:
         folder.record("failed", message=str(error))

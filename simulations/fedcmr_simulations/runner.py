@@ -15,18 +15,21 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from fedcmr_shared.models.registry import parameter_counts
 
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import FederationError
-from fedcmr_shared.models.registry import parameter_counts
 from fedcmr_simulations.centres import simulate_centres
 from fedcmr_simulations.config import SimulationConfig
+from fedcmr_simulations.evaluation import EvaluationRow, append_rows, site_summary
 from fedcmr_simulations.flower_engine import flower_process
 from fedcmr_simulations.progress import Progress
 from fedcmr_simulations.provenance import environment
@@ -36,6 +39,7 @@ from fedcmr_simulations.sites import choose_sites, data_origin
 from fedcmr_simulations.workers import each_in_pool
 
 Status = Literal["running", "finished", "interrupted", "failed"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,7 @@ def simulate(request: SimulationRequest, progress: Progress) -> dict[str, Any]:
         summary.update(data_origin=data_origin(stores))
         _federate(request, folder, stores, progress)
         summary.update(**_federation_figures(folder))
-        tasks = [
-            SiteTask(folder.root, store, request.config.evaluation, request.config.job)
-            for store in stores
-        ]
-        _each_site("training each site alone", train_alone, tasks, request, progress)
-        _each_site("following the rounds", follow_rounds, tasks, request, progress)
-        rows = _each_site("evaluating on test patients", evaluate_site, tasks, request, progress)
-        summary.update(sites=sorted(rows, key=lambda row: str(row["name"])))
+        _compare(request, folder, stores, summary, progress)
     return summary.values
 
 
@@ -166,19 +163,41 @@ def _federate(
         )
 
 
+def _compare(
+    request: SimulationRequest,
+    folder: RunFolder,
+    stores: list[Path],
+    summary: Summary,
+    progress: Progress,
+) -> None:
+    """Stages 3 and 4: what the federation gained at each site."""
+    samplings = tuple(case.sampling() for case in request.config.evaluation)
+    tasks = [SiteTask(folder.root, store, samplings) for store in stores]
+    for _ in _each_site("training each site alone", train_alone, tasks, request, progress):
+        pass
+    for events in _each_site("following the rounds", follow_rounds, tasks, request, progress):
+        for event in events:
+            folder.record("site_evaluation", **event)
+    rows: list[EvaluationRow] = []
+    for own in _each_site("scoring test patients", evaluate_site, tasks, request, progress):
+        rows.extend(own)
+        append_rows(folder.root / "evaluation.jsonl", own)
+        sites = site_summary(rows, samplings[0])
+        realised = statistics.fmean(site["realised_af"] for site in sites)
+        summary.update(sites=sites, realised_af=realised)
+
+
 def _each_site(
     title: str,
-    work: Any,
+    work: Callable[[SiteTask], Result],
     tasks: list[SiteTask],
     request: SimulationRequest,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    results = []
+) -> Iterator[Result]:
     with progress.stage(title, len(tasks)) as advance:
         for task, result in each_in_pool(work, tasks, request.workers):
-            results.append(result)
             advance(task.site)
-    return results
+            yield result
 
 
 def _federation_figures(folder: RunFolder) -> dict[str, Any]:

@@ -20,7 +20,9 @@ def site_folders(folder: Path) -> list[Path]:
         DataError: the folder is missing or holds no store.
     """
     if not folder.is_dir():
-        raise DataError(f"sites folder {folder} does not exist: give the folder that holds the sites")
+        raise DataError(
+            f"sites folder {folder} does not exist: give the folder that holds the sites"
+        )
     stores = sorted(path.parent for path in folder.glob("*/site.toml"))
     if not stores:
         raise DataError(

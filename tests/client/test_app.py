@@ -5,20 +5,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.models.registry import build_model
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
 from fedcmr_client.app import Site, create_client_app, evaluate_round, train_round
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.federation.messages import Refusal, Scores, Task, Update, unpack_answer
-from fedcmr_shared.models.bundle import state_sha256
-from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
-from flwr.app import Context, Message, RecordDict
 
 JOB = JobSpec(
     model=ModelSpec(text_encoder="hashed"),
     sampling=SamplingSpec(acs_lines=8),
     training=TrainingSpec(local_steps=2),
 )
+
+
+@pytest.fixture(autouse=True)
+def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give this process the identity without which Flower makes no message."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 def make_task(job: JobSpec = JOB) -> Task:

@@ -2,11 +2,15 @@
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from fedcmr_shared.models.registry import build_model
+from skimage.metrics import structural_similarity
+
 from fedcmr_client.dataset import PatientSampler, all_images, load_image, undersample
 from fedcmr_client.store.scan_file import ScanFile
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
@@ -16,10 +20,8 @@ from fedcmr_shared.kspace.coils import rss
 from fedcmr_shared.kspace.fourier import ifft2c
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.models.cardiomm import CardioMM
-from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
 from fedcmr_shared.text.encoders import load_text_encoder
-from skimage.metrics import structural_similarity
 
 ENCODER = load_text_encoder("hashed")
 JOB = JobSpec(
@@ -88,7 +90,7 @@ def test_learning_rate_decays_from_full_to_final() -> None:
     rates = [learning_rate(job, step) for step in range(101)]
     assert rates[0] == pytest.approx(1e-2)
     assert rates[-1] == pytest.approx(1e-3)
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates))
 
 
 def test_ssim_loss_is_one_minus_skimage() -> None:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from fedcmr_server.optimisers import ServerOptimiser, weighted_mean
-from fedcmr_shared.errors import FederationError
-from fedcmr_shared.schemas.job import ServerOptimiserSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from fedcmr_server.optimisers import ServerOptimiser, weighted_mean
+from fedcmr_shared.errors import FederationError
+from fedcmr_shared.schemas.job import ServerOptimiserSpec
 
 NAMES = ("fedavg", "fedavgm", "fedadam", "fedyogi")
 

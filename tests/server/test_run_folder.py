@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fedcmr_server.rounds import initial_state
 from fedcmr_server.run_folder import Checkpoint, RunFolder
 from fedcmr_shared.errors import ConfigurationError, FederationError

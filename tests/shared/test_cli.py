@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import click
 import pytest
+
 from fedcmr_shared import __version__
 from fedcmr_shared.cli import FLOWER_SILENCE, EntryPointGroup, cli, main
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.federation.messages import (
     Refusal,
@@ -12,7 +14,6 @@ from fedcmr_shared.federation.messages import (
     unpack_answer,
 )
 from fedcmr_shared.schemas.job import JobSpec
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 STATE = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(True), "c": torch.tensor(2.5)}
 TASK = Task(JobSpec(seed=7), 3, STATE)

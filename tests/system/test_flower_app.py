@@ -7,9 +7,10 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from fedcmr_shared import __version__
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
+
+from fedcmr_shared import __version__
 
 APP = Path(__file__).parents[2] / "deploy" / "flower-app"
 PROJECT = tomllib.loads((APP / "pyproject.toml").read_text())

@@ -70,14 +70,18 @@ def psnr(reference: NormalisedImage, image: NormalisedImage) -> float:
     """Return the peak signal-to-noise ratio in dB of normalised images; infinite for equal ones."""
     if np.array_equal(reference, image):
         return math.inf
-    value = peak_signal_noise_ratio(reference, image, data_range=float(reference.max()))
+    data_range = float(reference.max())
+    value = peak_signal_noise_ratio(  # type: ignore[no-untyped-call]  # scikit-image is untyped
+        reference, image, data_range=data_range
+    )
     return float(value)
 
 
 def ssim(reference: NormalisedImage, image: NormalisedImage) -> float:
     """Return the mean structural similarity of normalised images, uniform 7x7 window."""
-    value = structural_similarity(
-        reference, image, win_size=SSIM_WINDOW, data_range=float(reference.max())
+    data_range = float(reference.max())
+    value = structural_similarity(  # type: ignore[no-untyped-call]  # scikit-image is untyped
+        reference, image, win_size=SSIM_WINDOW, data_range=data_range
     )
     return float(value)
 
@@ -97,5 +101,5 @@ def _check_pair(reference: Image, image: Image) -> None:
             f"images of shape {reference.shape} cannot be scored: use 2D frames of at least "
             f"{SSIM_WINDOW} x {SSIM_WINDOW} pixels"
         )
-    if np.ptp(reference) == 0:
+    if reference.min() == reference.max():
         raise DataError("reference is constant: there is nothing to compare with")

@@ -34,6 +34,21 @@ Variant = Literal["SM", "UT", "MT", "MM"]
 """No text; undersampling text; metadata text; both."""
 
 _ATTENTION_REDUCTION: Final = 4
+_RESIDUAL_START: Final = 0.1  # factor on the last convolution of residual networks
+
+_PER_LEVEL: Final = {
+    "widths": 1,
+    "prompt_widths": 1,
+    "prompt_sizes": 1,
+    "encoder_blocks": 0,
+    "decoder_blocks": 0,
+    "skip_blocks": 0,
+}
+
+
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise ConfigurationError(f"{name} {value} must be at least {lowest}")
 
 
 @dataclass(frozen=True)
@@ -73,17 +88,7 @@ class UNetConfig:
     @property
     def multiple(self) -> int:
         """Image sizes are padded to multiples of this."""
-        return self.pixel_unshuffle * 2 ** len(self.widths)
-
-
-_PER_LEVEL: Final = {
-    "widths": 1,
-    "prompt_widths": 1,
-    "prompt_sizes": 1,
-    "encoder_blocks": 0,
-    "decoder_blocks": 0,
-    "skip_blocks": 0,
-}
+        return self.pixel_unshuffle << len(self.widths)
 
 
 @dataclass(frozen=True)
@@ -121,11 +126,6 @@ class CardioMMConfig:
     def sampling_width(self) -> int | None:
         """Width of the undersampling embedding; None for variants without it."""
         return self.embedding_width if self.variant in ("UT", "MM") else None
-
-
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise ConfigurationError(f"{name} {value} must be at least {lowest}")
 
 
 class Reconstruction(NamedTuple):
@@ -299,8 +299,9 @@ class PromptUNet(nn.Module):
         )
         self.tail = nn.Conv2d(config.features, channels, 5, padding=2)
         if config.residual:
-            self.tail.weight.data *= _RESIDUAL_START
-            self.tail.bias.data *= 0
+            with torch.no_grad():
+                for parameter in self.tail.parameters():
+                    parameter.mul_(_RESIDUAL_START)
 
     def forward(self, images: Tensor, text: TextEmbedding) -> Tensor:
         """Map complex images ``[n, 1, y, x]`` to complex images of the same shape."""
@@ -330,9 +331,6 @@ class PromptUNet(nn.Module):
         return x[..., top : top + height, left : left + width]
 
 
-_RESIDUAL_START: Final = 0.1
-
-
 def _normalise(planes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return planes of zero mean and unit deviation per example, with mean and deviation."""
     mean = planes.mean((1, 2, 3), keepdim=True)
@@ -360,7 +358,7 @@ class SensitivityNetwork(nn.Module):
         calibration = ifft2c(kspace * acs)
         coils = calibration.shape[1]
         folded = calibration.flatten(0, 1)[:, None]
-        maps = self.unet(folded, text.for_coils(coils)).reshape(calibration.shape)
+        maps: Tensor = self.unet(folded, text.for_coils(coils)).reshape(calibration.shape)
         norm = rss(maps)[:, None]
         return maps / torch.where(norm == 0, 1.0, norm)
 

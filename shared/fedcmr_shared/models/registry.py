@@ -1,0 +1,101 @@
+"""Networks by name, so that jobs and bundles can name what they need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, get_args
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from fedcmr_shared.errors import ModelError
+from fedcmr_shared.models import cardiomm
+from fedcmr_shared.schemas.job import ModelSpec
+from fedcmr_shared.text.encoders import TEXT_WIDTHS
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A family of networks: what it does, its sizes and variants, and how to build one."""
+
+    description: str
+    sizes: tuple[str, ...]
+    variants: tuple[str, ...]
+    build: Callable[[ModelSpec], nn.Module]
+
+
+def _cardiomm(spec: ModelSpec) -> nn.Module:
+    return cardiomm.CardioMM(
+        replace(
+            cardiomm.CONFIGS[spec.size],
+            variant=spec.variant,
+            text_width=TEXT_WIDTHS[spec.text_encoder],
+        )
+    )
+
+
+_MODELS: Final[dict[str, ModelEntry]] = {
+    "cardiomm": ModelEntry(
+        description="text-conditioned unrolled reconstruction (arXiv 2512.21652)",
+        sizes=tuple(cardiomm.CONFIGS),
+        variants=get_args(cardiomm.Variant),
+        build=_cardiomm,
+    ),
+}
+
+
+def available_models() -> dict[str, ModelEntry]:
+    """Return all models by name, sorted."""
+    return dict(sorted(_MODELS.items()))
+
+
+def model_entry(name: str) -> ModelEntry:
+    """Return one model's entry.
+
+    Raises:
+        ModelError: there is no model of that name.
+    """
+    if name not in _MODELS:
+        raise ModelError(f"model {name!r} is unknown: use {', '.join(available_models())}")
+    return _MODELS[name]
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """Return a new network with the weights that torch's current random state gives.
+
+    Raises:
+        ModelError: there is no model of that name or size.
+    """
+    entry = model_entry(spec.name)
+    if spec.size not in entry.sizes:
+        raise ModelError(f"{spec.name} has no size {spec.size!r}: use {', '.join(entry.sizes)}")
+    return entry.build(spec)
+
+
+def parameter_counts(
+    name: str, size: str, *, variant: str = "MM", text_encoder: str = "minilm"
+) -> dict[str, int]:
+    """Return the numbers of ``trainable``, ``frozen`` and ``total`` values of a network's state.
+
+    Frozen are all values that no optimiser changes, persistent buffers included. No memory is
+    used for the weights, so any size is counted at once. The text encoder is no part of the
+    network and does not count; it sets the width of the text projections.
+
+    Raises:
+        ModelError: unknown name, size, variant or text encoder.
+    """
+    model_entry(name)
+    choice = {"size": size, "variant": variant, "text_encoder": text_encoder}
+    try:
+        spec = ModelSpec.model_validate({"name": name, **choice})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise ModelError(f"{field} {choice[field]!r} is unknown: {first['msg']}") from error
+    with torch.device("meta"):
+        model = build_model(spec)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(tensor.numel() for tensor in model.state_dict().values())
+    return {"trainable": trainable, "frozen": total - trainable, "total": total}

@@ -1,0 +1,1 @@
+"""Analytic multi-coil phantom of the beating heart: simulated k-space with known truth."""

@@ -1,0 +1,182 @@
+"""A whole simulated federation on small sites, and what an interrupt leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedcmr_client.store.split import SplitFractions
+from fedcmr_server.run_folder import RunFolder
+from fedcmr_shared.errors import ConfigurationError, DataError
+from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
+from fedcmr_simulations.config import SamplingCase, SimulationConfig, load_config
+from fedcmr_simulations.progress import SilentProgress
+from fedcmr_simulations.runner import SimulationRequest, simulate
+from fedcmr_simulations.sites import choose_sites, data_origin
+
+CASE = SamplingCase(pattern="uniform", acceleration=4, acs_lines=8)
+JOB = JobSpec(
+    name="small",
+    rounds=2,
+    model=ModelSpec(text_encoder="hashed"),
+    sampling=SamplingSpec(accelerations=(4,), acs_lines=8),
+    training=TrainingSpec(local_steps=3),
+)
+CONFIG = SimulationConfig(job=JOB, evaluation=(CASE,))
+
+
+@pytest.fixture
+def sites(make_site: Callable[..., Path]) -> Path:
+    make_site("north", 10)
+    return make_site("south", 10, coils=4, phase=40, first_seed=77).parent
+
+
+def test_a_run_leaves_everything_that_its_readers_need(sites: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    summary = simulate(SimulationRequest(CONFIG, 2, out, sites), SilentProgress())
+    written = json.loads((out / "summary.json").read_text())
+    assert written == json.loads(json.dumps(summary))
+    assert written["status"] == "finished"
+    assert (written["rounds"], written["nominal_af"]) == (2, 4)
+    assert 1 < written["realised_af"] < 4
+    assert written["bytes_up"] > 0
+    assert written["bytes_down"] > written["bytes_up"]
+    assert [row["name"] for row in written["sites"]] == ["north", "south"]
+    methods = ("zero_filled", "sense", "local", "federated")
+    for row in written["sites"]:
+        assert row["patients"] >= 1
+        for metric in ("psnr", "ssim", "nmse"):
+            assert all(f"{metric}_{method}" in row for method in methods)
+        assert row["psnr_federated"] != row["psnr_local"]
+    assert "north" in (out / "report.html").read_text()
+    folder = RunFolder(out)
+    assert [folder.bundle_path(number).exists() for number in range(3)] == [True] * 3
+    # The server's own events hold no figure of a single site.
+    for event in folder.events():
+        if event["event"] in ("round", "evaluation"):
+            assert not {"north", "south"} & set(map(str, event.values()))
+
+
+def run_command(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedcmr_shared", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def processes_naming(text: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except (OSError, UnicodeDecodeError):
+                continue
+            if text in command:
+                found.append(command)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_ctrl_c_leaves_a_readable_folder_and_no_process(sites: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    long = CONFIG.model_copy(update={"job": JOB.model_copy(update={"rounds": 500})})
+    config.write_text(yaml.safe_dump(long.model_dump(mode="json")))
+    out = tmp_path / "run"
+    command = ("simulate", "run", "--sites", "2", "--data", str(sites), "--out", str(out))
+    process = run_command(*command, "--config", str(config))
+    deadline = time.monotonic() + 120
+    while not any(event["event"] == "round" for event in RunFolder(out).events()):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["rounds"] >= 1
+    assert "interrupted" in (out / "report.html").read_text()
+    assert RunFolder(out).latest() is not None
+    assert processes_naming(str(out)) == []
+
+
+def test_same_seed_gives_the_same_model(sites: Path, tmp_path: Path) -> None:
+    from fedcmr_simulations.flower_engine import flower_process
+
+    hashes = []
+    for name, workers in (("first", 1), ("second", 2)):
+        folder = RunFolder.create(tmp_path / name, JOB)
+        with flower_process(folder.root, choose_sites(sites, 2, None), workers) as process:
+            assert process.wait(180) == 0, (folder.root / "flower.log").read_text()
+        hashes.append([e["model_sha256"] for e in folder.events() if e["event"] == "round"])
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes[0])) == 2
+
+
+def test_too_few_sites_are_refused(sites: Path) -> None:
+    with pytest.raises(DataError, match="holds 2 sites, not 3"):
+        choose_sites(sites, 3, None)
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        choose_sites(tmp_path / "nowhere", 1, None)
+    with pytest.raises(DataError, match="holds no site store"):
+        choose_sites(tmp_path, 1, None)
+
+
+def test_a_site_with_an_empty_part_is_refused(make_site: Callable[..., Path]) -> None:
+    store = make_site("lone", 3, fractions=SplitFractions(1, 0, 0))
+    with pytest.raises(DataError, match="lone has no validation patient"):
+        choose_sites(store.parent, 1, None)
+
+
+def test_origin_names_what_the_data_are(sites: Path) -> None:
+    assert data_origin(choose_sites(sites, 2, None)) == "simulated"
+
+
+def test_a_failed_run_says_so_in_its_folder(sites: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(DataError):
+        simulate(SimulationRequest(CONFIG, 9, out, sites), SilentProgress())
+    assert json.loads((out / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("job: [", "not valid YAML"),
+        ("job: {rounds: 0}", r"job\.rounds"),
+        ("jobs: {}", "jobs"),
+        ("just text", "the file"),
+        ("evaluation: []", "evaluation"),
+        ("job: {training: {learning_rate: -1}}", r"job\.training\.learning_rate"),
+    ],
+)
+def test_bad_configuration_names_the_field(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        load_config(path)
+
+
+def test_missing_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_packaged_demonstration_is_valid() -> None:
+    assert load_config(None).evaluation[0].acceleration == 8

@@ -1,0 +1,82 @@
+"""What the documents show is true: commands parse, files exist, configurations validate."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+from fedcmr_shared.cli import cli
+from fedcmr_simulations.config import SimulationConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        lines = "\n".join([*blocks(page, "console"), *blocks(page, "bash")])
+        inline = re.findall(r"`(fedcmr [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for line in [*lines.replace("\\\n", " ").splitlines(), *inline]:
+            command = line.removeprefix("$ ").split(" #")[0].strip()
+            if command.startswith("fedcmr "):
+                found.append((page.name, " ".join(command.split())))
+    return sorted(set(found))
+
+
+def parse(arguments: list[str], group: click.Group, path: str) -> None:
+    """Walk to the named command and let click check its arguments, without running it."""
+    name, *rest = arguments
+    context = click.Context(group, info_name=path)
+    command = group.get_command(context, name)
+    assert command is not None, f"{path} has no command {name}"
+    if isinstance(command, click.Group):
+        if rest:
+            parse(rest, command, f"{path} {name}")
+        return
+    for parameter in command.params:
+        # Documents name files that only their reader has.
+        if isinstance(parameter.type, click.Path):
+            parameter.type.exists = False
+    command.make_context(name, rest, parent=context, resilient_parsing=not rest)
+
+
+@pytest.mark.parametrize(("page", "command"), shown_commands())
+def test_shown_command_is_valid(page: str, command: str) -> None:
+    arguments = shlex.split(command)[1:]
+    if arguments[0].startswith("-"):
+        assert arguments in (["--version"], ["--help"])
+        return
+    parse(arguments, cli, "fedcmr")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configurations_validate(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        SimulationConfig.model_validate(yaml.safe_load(block))
+
+
+def test_named_source_files_exist() -> None:
+    for page in PAGES:
+        names = re.findall(r"`((?:shared|client|server|simulations|benchmarks)/[^`\s*]+)`", page.read_text())
+        for name in names:
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_documents_show_commands_at_all() -> None:
+    assert len(shown_commands()) > 5
