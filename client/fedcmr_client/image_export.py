@@ -18,13 +18,13 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import nibabel
 import numpy as np
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage
 
 from fedcmr_client.reconstruction import RESIDUAL_DEFINITION, ReconstructedScan
@@ -36,7 +36,6 @@ NOTICE: Final = "RESEARCH USE ONLY"
 ORIENTATION_NOTE: Final = "position and orientation are those of the image, not of the patient"
 UNKNOWN_SPACING_MM: Final = 1.0
 
-_IMPLEMENTATION_UID: Final = UID("2.25.231044061230914871305571220433918467203")
 _UID_NAMESPACE: Final = uuid.UUID("5f0c1b52-6f0e-4c55-9b7e-0f9f1f1d9a35")
 _NIFTI_COMMENT: Final = 6  # code of a header extension with plain text
 _DICOM_MAX: Final = 65535
@@ -150,7 +149,7 @@ def write_nifti(path: Path, series: ImageSeries) -> None:
     voxel = Voxel.of(series.metadata)
     data = np.ascontiguousarray(series.scan.images.transpose(3, 2, 1, 0))
     affine = np.diag([voxel.x, voxel.y, voxel.z, 1.0])
-    image = nibabel.Nifti1Image(data, affine)
+    image: Any = nibabel.Nifti1Image(data, affine)  # type: ignore[no-untyped-call]  # half typed
     header = image.header
     step = _frame_interval_s(series.metadata)
     header.set_xyzt_units("mm", "sec" if step else "unknown")
@@ -210,16 +209,15 @@ def _uid(*parts: object) -> UID:
     return UID(f"2.25.{uuid.uuid5(_UID_NAMESPACE, json.dumps(parts)).int}")
 
 
-def _instance(series: ImageSeries, frame: int, slice_: int, number: int) -> FileDataset:
+def _instance(series: ImageSeries, frame: int, slice_: int, number: int) -> Dataset:
     sampling = series.scan.sampling
-    key = (series.scan_digest, series.model_sha256, series.seed)
-    key = (*key, sampling.pattern, sampling.acceleration, sampling.acs_lines)
+    key = (series.scan_digest, series.model_sha256, series.seed, *astuple(sampling))
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = MRImageStorage
     meta.MediaStorageSOPInstanceUID = _uid("instance", *key, number)
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.ImplementationClassUID = _IMPLEMENTATION_UID
-    dataset = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset = Dataset()
+    dataset.file_meta = meta
     dataset.SpecificCharacterSet = "ISO_IR 192"
     dataset.SOPClassUID = MRImageStorage
     dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID

@@ -68,11 +68,11 @@ def reconstruct_scan(
     A fully sampled scan is undersampled with ``sampling``. A scan whose stored k-space lacks
     lines between its first and its last one was undersampled at the scanner: the lines it has are
     used, and ``sampling`` only says what to tell the network. Lines that lack at the edges
-    (partial Fourier, zero filling) do not make a scan undersampled.
+    (partial Fourier, zero filling) do not make a scan undersampled. An image without any measured
+    sample stays zero.
 
     Args:
-        read: source of the k-space; called once more per image than needed for the images, to
-            find the missing lines.
+        read: source of the k-space; called twice for each image, first to find missing lines.
         metadata: of the scan.
         bundle: a trained CardioMM.
         encoder: the text encoder that the bundle names.
@@ -90,21 +90,19 @@ def reconstruct_scan(
     texts = _texts(bundle, encoder, metadata, sampling, device)
     masks, undersampling = _masks(read, metadata, sampling, seed)
     acs = torch.from_numpy(acs_mask(sampling, *masks.shape[-2:]))[None, None].to(device)
-    images = np.empty((*masks.shape[:2], *masks.shape[-2:]), dtype=np.float32)
+    images = np.zeros((*masks.shape[:2], *masks.shape[-2:]), dtype=np.float32)
     error = energy = 0.0
     for frame, slice_ in np.ndindex(masks.shape[:2]):
         mask = torch.from_numpy(masks[frame, slice_])[None, None].to(device)
         kspace = torch.from_numpy(read(frame, slice_))
         kspace = remove_readout_oversampling(kspace, metadata.readout_oversampling)
         measured = kspace[None].to(device) * mask
-        with torch.inference_mode():
-            output = model(measured, mask, acs, *texts)
-        image = output.image[0].cpu().numpy()
-        if not np.isfinite(image).all():
-            raise ModelError(f"the model gives no finite image for frame {frame}, slice {slice_}")
-        images[frame, slice_] = image
-        error += _energy((output.kspace - measured) * mask)
-        energy += _energy(measured)
+        if measured.any():  # of nothing measured, a network would still make an image
+            with torch.inference_mode():
+                output = model(measured, mask, acs, *texts)
+            images[frame, slice_] = _finite(output.image[0], frame, slice_)
+            error += _energy((output.kspace - measured) * mask)
+            energy += _energy(measured)
         on_image()
     residual = math.sqrt(error / energy) if energy else 0.0
     return ReconstructedScan(
@@ -183,6 +181,13 @@ def _has_gap(lines: np.ndarray) -> bool:
     forwards = np.logical_or.accumulate(lines, axis=-1)
     backwards = np.logical_or.accumulate(lines[..., ::-1], axis=-1)[..., ::-1]
     return bool((forwards & backwards & ~lines).any())
+
+
+def _finite(image: Tensor, frame: int, slice_: int) -> np.ndarray:
+    if not torch.isfinite(image).all():
+        raise ModelError(f"the model gives no finite image for frame {frame}, slice {slice_}")
+    values: np.ndarray = image.cpu().numpy()
+    return values
 
 
 def _energy(values: Tensor) -> float:

@@ -134,7 +134,8 @@ def load_examples(folder: Path) -> list[Example]:
 
 def _load(path: Path) -> Example:
     try:
-        with np.load(path) as content:
+        # numpy leaves a file open that it opened itself and cannot read.
+        with path.open("rb") as stream, np.load(stream) as content:
             images = {
                 name.removeprefix(_PREFIX): content[name]
                 for name in content.files

@@ -40,8 +40,8 @@ ALL_SITES: Final = "all sites"
 
 _DECIMALS: Final = {"psnr": 2, "ssim": 4, "nmse": 4}
 _ORIGINS: Final = {
-    "simulated": "simulated k-space from a numerical phantom: no patient was scanned",
-    "synthesised": "synthesised k-space, computed from magnitude images",
+    "simulated": "simulated k-space from a numerical phantom, not clinical: no patient was scanned",
+    "synthesised": "synthesised k-space, not clinical: computed from magnitude images",
     "measured": "measured k-space that the user imported",
 }
 
@@ -78,11 +78,12 @@ def write_report(run_folder: Path) -> Path:
     rows_path = run_folder / "evaluation.jsonl"
     rows = read_rows(rows_path) if rows_path.exists() else []
     environment = _json(run_folder / "environment.json")
+    job = _json(run_folder / "job.json")
     page = _template().render(
         version=__version__,
         summary=summary,
-        job=_json(run_folder / "job.json"),
-        environment=environment,
+        job=job,
+        job_text=json.dumps(job, indent=2, ensure_ascii=False),
         facts=_flatten(environment),
         origin=_origin(summary, environment),
         statement=_statement(summary),
@@ -176,7 +177,7 @@ def _charts(events: Iterable[Mapping[str, Any]]) -> list[Chart]:
         key: {} for key in ("loss", *METRICS)
     }
     for event in events:
-        kind, number = event["event"], event.get("round")
+        kind, number = event["event"], event.get("round", 0)
         if kind == "round" and event.get("train_loss") is not None:
             curves["loss"].setdefault(ALL_SITES, []).append((number, event["train_loss"]))
         elif kind == "site_loss":

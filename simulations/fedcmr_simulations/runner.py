@@ -76,12 +76,14 @@ def simulate(request: SimulationRequest, progress: Progress) -> dict[str, Any]:
             status ``failed`` and the report of it; likewise ``interrupted`` after Ctrl-C.
     """
     job = request.config.job
+    # Wrong data is refused before anything is written.
+    stores = _given_sites(request)
     folder = RunFolder.create(request.out, job)
     summary = Summary(folder.root / "summary.json")
     started = time.monotonic()
     with _always_readable(summary, folder, started):
         summary.update(**_opening(request))
-        stores = _data(request, progress)
+        stores = stores or _phantom_sites(request, progress)
         (folder.root / "environment.json").write_text(
             json.dumps(environment(job.seed, data_origin(stores)), indent=2) + "\n"
         )
@@ -120,20 +122,24 @@ def _opening(request: SimulationRequest) -> dict[str, Any]:
     }
 
 
-def _data(request: SimulationRequest, progress: Progress) -> list[Path]:
-    folder = request.data
-    if folder is None:
-        folder = request.out / "data"
-        phantom = request.config.phantom
-        with progress.stage("simulating patients", request.sites * phantom.patients) as advance:
-            simulate_centres(
-                folder,
-                request.sites,
-                phantom.patients,
-                seed=request.config.job.seed,
-                detail=phantom.detail,
-                on_patient=advance,
-            )
+def _given_sites(request: SimulationRequest) -> list[Path]:
+    if request.data is None:
+        return []
+    return choose_sites(request.data, request.sites, request.config.job.modalities)
+
+
+def _phantom_sites(request: SimulationRequest, progress: Progress) -> list[Path]:
+    folder = request.out / "data"
+    phantom = request.config.phantom
+    with progress.stage("simulating patients", request.sites * phantom.patients) as advance:
+        simulate_centres(
+            folder,
+            request.sites,
+            phantom.patients,
+            seed=request.config.job.seed,
+            detail=phantom.detail,
+            on_patient=advance,
+        )
     return choose_sites(folder, request.sites, request.config.job.modalities)
 
 

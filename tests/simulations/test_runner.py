@@ -14,7 +14,7 @@ import yaml
 
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_server.run_folder import RunFolder
-from fedcmr_shared.errors import ConfigurationError, DataError
+from fedcmr_shared.errors import ConfigurationError, DataError, FederationError
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
 from fedcmr_simulations.config import SamplingCase, SimulationConfig, load_config
 from fedcmr_simulations.progress import SilentProgress
@@ -150,9 +150,19 @@ def test_origin_names_what_the_data_are(sites: Path) -> None:
 
 def test_a_failed_run_says_so_in_its_folder(sites: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(DataError):
-        simulate(SimulationRequest(CONFIG, 9, out, sites), SilentProgress())
+    # More calibration lines than the images have: every site refuses.
+    sampling = JOB.sampling.model_copy(update={"acs_lines": 60})
+    config = CONFIG.model_copy(update={"job": JOB.model_copy(update={"sampling": sampling})})
+    with pytest.raises(FederationError, match="0 of at least 1 sites"):
+        simulate(SimulationRequest(config, 2, out, sites), SilentProgress())
     assert json.loads((out / "summary.json").read_text())["status"] == "failed"
+    assert "failed" in (out / "report.html").read_text()
+
+
+def test_wrong_data_leaves_no_run_folder(sites: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        simulate(SimulationRequest(CONFIG, 9, tmp_path / "run", sites), SilentProgress())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def show(name: str, size: str, text_encoder: str, as_json: bool) -> None:
         heading = {"name": name, "size": size, "text_encoder": text_encoder}
         print_json({**heading, "description": entry.description, "variants": rows})
     else:
-        title = f"{name} {size}, text encoder {text_encoder}: {entry.description}"
+        title = f"{name} {size}, text encoder {text_encoder}"
         print_table(title, [_cells(row) for row in rows], ("variant", *_COUNTS))
 
 

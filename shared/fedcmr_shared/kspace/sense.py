@@ -1,13 +1,13 @@
 """CG-SENSE: the classical parallel-imaging reconstruction that learned ones must beat.
 
-Maps are estimated from the calibration (ACS) block, the image solves::
+ESPIRiT estimates the maps from the calibration (ACS) block, the image solves::
 
     minimise  ||M F S x - y||² + λ ||x||²
 
 by conjugate gradients (Pruessmann et al. 2001, 10.1002/mrm.1241), and the measured samples are put
 back before the coils are combined. λ has no unit: with maps of at most unit root-sum-of-squares the
 eigenvalues of the unregularised normal operator lie in [0, 1]. Few iterations regularise too, so
-λ, iterations and the support mask are tuned together, on validation patients.
+λ, iterations and the crop of the maps are tuned together, on validation patients.
 """
 
 from __future__ import annotations
@@ -35,15 +35,14 @@ _PLANE = (-2, -1)
 
 @dataclass(frozen=True)
 class SenseSettings:
-    """Regularisation λ, number of conjugate-gradient iterations and support threshold.
+    """Regularisation λ, number of conjugate-gradient iterations and crop of the maps.
 
-    ``support`` is the magnitude, relative to the maximum of the calibration image, below which the
-    maps fade to zero; 0 keeps unit maps everywhere.
+    Maps are zero where ESPIRiT's eigenvalue, which is 1 inside the object, is below ``crop``.
     """
 
     regularisation: float = 0.01
     iterations: int = 20
-    support: float = 0.1
+    crop: float = 0.8
 
     def __post_init__(self) -> None:
         if not 0 <= self.regularisation < float("inf"):
@@ -52,8 +51,8 @@ class SenseSettings:
             )
         if self.iterations < 1:
             raise ConfigurationError(f"SENSE iterations {self.iterations} must be at least 1")
-        if not 0 <= self.support < 1:
-            raise ConfigurationError(f"SENSE support {self.support} must lie in [0, 1)")
+        if not 0 <= self.crop < 1:
+            raise ConfigurationError(f"SENSE crop {self.crop} must lie in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -70,38 +69,68 @@ class SenseCase:
 
 REGULARISATIONS: Final = (0.001, 0.003, 0.01, 0.03, 0.1)
 ITERATIONS: Final = (6, 12, 24)
-SUPPORTS: Final = (0.0, 0.05, 0.15)
+CROPS: Final = (0.0, 0.8, 0.95)
+
+_KERNEL_WIDTH: Final = 6
+_SINGULAR_THRESHOLD: Final = 0.02  # relative to the largest singular value
 
 
-def estimate_maps(kspace: Tensor, acs: AcsRegion, *, support: float = 0.1) -> Tensor:
-    """Estimate coil sensitivities from the calibration block.
+def estimate_maps(kspace: Tensor, acs: AcsRegion, *, crop: float = 0.8) -> Tensor:
+    """Estimate coil sensitivities by ESPIRiT (Uecker et al. 2014, 10.1002/mrm.24751), one set.
 
-    The block is apodised by a Hann window (without it Gibbs ringing enters the maps), transformed
-    and divided by its root-sum-of-squares (McKenzie et al. 2002, 10.1002/mrm.10087). A soft mask
-    of the object then tells the solver where no signal can be.
+    At each pixel the map is the eigenvector of largest eigenvalue of the operator that projects
+    patches of k-space on the row space of the calibration matrix. Its phase is arbitrary at each
+    pixel, which neither SENSE nor the magnitude of its result notices.
 
     Args:
         kspace: masked or full k-space, complex ``[batch, coil, phase, readout]``.
-        acs: calibration block, measured completely.
-        support: see :class:`SenseSettings`.
+        acs: calibration block, measured completely; its central square is used.
+        crop: see :class:`SenseSettings`.
 
     Returns:
-        Maps of the shape of ``kspace``; their root-sum-of-squares is at most 1.
+        Maps of the shape of ``kspace``; their root-sum-of-squares is 1, or 0 where cropped.
 
     Raises:
         DataError: the block of an example holds no signal.
     """
-    window = torch.zeros(kspace.shape[-2:], device=kspace.device)
-    window[acs] = torch.outer(*(_hann(size, kspace.device) for size in window[acs].shape))
-    calibration = ifft2c(kspace * window)
-    magnitude = rss(calibration).unsqueeze(-3)
-    peak = magnitude.amax(_PLANE, keepdim=True)
-    if not bool((peak > 0).all()):
+    block = kspace[..., *_central_square(acs)]
+    if not bool(block.abs().amax((-3, -2, -1)).gt(0).all()):
         raise DataError("calibration lines hold no signal: coil sensitivities cannot be estimated")
-    unit = calibration / magnitude.clamp_min(torch.finfo(magnitude.dtype).tiny)
-    if support == 0:
-        return unit
-    return unit * (magnitude / torch.hypot(magnitude, support * peak))
+    return torch.stack([_espirit(example, kspace.shape[-2:], crop) for example in block])
+
+
+def _central_square(acs: AcsRegion) -> AcsRegion:
+    width = min(region.stop - region.start for region in acs)
+    starts = [(r.start + r.stop) // 2 - width // 2 for r in acs]
+    return slice(starts[0], starts[0] + width), slice(starts[1], starts[1] + width)
+
+
+def _espirit(block: Tensor, shape: torch.Size, crop: float) -> Tensor:
+    """Return maps ``[coil, *shape]`` of one calibration block ``[coil, n, n]``."""
+    coils, width = block.shape[0], min(_KERNEL_WIDTH, (block.shape[-1] + 1) // 2)
+    patches = block.unfold(-2, width, 1).unfold(-2, width, 1)  # [coil, n, n, width, width]
+    matrix = patches.permute(1, 2, 0, 3, 4).reshape(-1, coils * width**2)
+    # Eigenvalues of the Gram matrix are squared singular values, in ascending order.
+    energies, vectors = torch.linalg.eigh(matrix.mT @ matrix.conj())
+    kept = vectors[:, energies > _SINGULAR_THRESHOLD**2 * energies[-1]]
+    projection = (kept @ kept.mH).reshape(coils, width, width, coils, width, width)
+    lags = block.new_zeros(coils, coils, 2 * width - 1, 2 * width - 1)
+    for row in range(width):
+        for column in range(width):
+            shifted = projection[:, row, column].flip((-2, -1))
+            lags[..., row : row + width, column : column + width] += shifted
+    waves = [_waves(size, width, block) for size in shape]
+    gram = torch.einsum("cdpq,yp,xq->yxcd", lags, *waves) / width**2
+    eigenvalues, eigenvectors = torch.linalg.eigh(gram)
+    return eigenvectors[..., -1].permute(2, 0, 1) * (eigenvalues[..., -1] >= crop)
+
+
+def _waves(size: int, width: int, like: Tensor) -> Tensor:
+    """Return ``exp(2πi · position · lag / size)`` as ``[size, 2 width - 1]``."""
+    position = torch.arange(size, device=like.device) - size // 2
+    lag = torch.arange(1 - width, width, device=like.device)
+    angle = (2 * torch.pi / size) * torch.outer(position, lag)
+    return torch.polar(torch.ones_like(angle), angle).to(like.dtype)
 
 
 def normal_operator(image: Tensor, mask: Tensor, maps: Tensor, regularisation: float) -> Tensor:
@@ -171,7 +200,7 @@ def reconstruct(kspace: Tensor, mask: Tensor, acs: AcsRegion, settings: SenseSet
 
     Arguments as in :func:`estimate_maps` and :func:`cg_sense`.
     """
-    maps = estimate_maps(kspace, acs, support=settings.support)
+    maps = estimate_maps(kspace, acs, crop=settings.crop)
     image = cg_sense(kspace, mask, maps, settings.regularisation, settings.iterations)
     return combine(image, kspace, mask, maps)
 
@@ -181,7 +210,7 @@ def tune_regularisation(
     *,
     regularisations: Collection[float] = REGULARISATIONS,
     iterations: Collection[int] = ITERATIONS,
-    supports: Collection[float] = SUPPORTS,
+    crops: Collection[float] = CROPS,
 ) -> SenseSettings:
     """Return the settings of the grid with the highest mean PSNR over validation images.
 
@@ -191,13 +220,13 @@ def tune_regularisation(
         ConfigurationError: there is no case, or the grid is empty.
     """
     grid = [
-        SenseSettings(*point) for point in itertools.product(regularisations, iterations, supports)
+        SenseSettings(*point) for point in itertools.product(regularisations, iterations, crops)
     ]
     if not cases or not grid:
         raise ConfigurationError("tuning SENSE needs at least one validation image and one setting")
     totals = dict.fromkeys(grid, 0.0)
     for case in cases:
-        for settings, psnr in _grid_scores(case, regularisations, iterations, supports):
+        for settings, psnr in _grid_scores(case, regularisations, iterations, crops):
             totals[settings] += psnr
     return max(grid, key=totals.__getitem__)
 
@@ -206,24 +235,19 @@ def _grid_scores(
     case: SenseCase,
     regularisations: Iterable[float],
     iterations: Collection[int],
-    supports: Iterable[float],
+    crops: Iterable[float],
 ) -> Iterator[tuple[SenseSettings, float]]:
     """One run of conjugate gradients serves all iteration counts."""
     kspace, mask = case.kspace[None], case.mask[None]
     reference = _array(rss(ifft2c(kspace)))
-    for support in supports:
-        maps = estimate_maps(kspace, case.acs, support=support)
+    for crop in crops:
+        maps = estimate_maps(kspace, case.acs, crop=crop)
         for regularisation in regularisations:
             steps = cg_iterates(kspace, mask, maps, regularisation)
             for count, image in enumerate(itertools.islice(steps, max(iterations)), start=1):
                 if count in iterations:
                     quality = score(reference, _array(combine(image, kspace, mask, maps)))
-                    yield SenseSettings(regularisation, count, support), quality.psnr
-
-
-def _hann(size: int, device: torch.device) -> Tensor:
-    # The end points of a Hann window are zero: two more points keep every calibration line.
-    return torch.hann_window(size + 2, periodic=False, device=device)[1:-1]
+                    yield SenseSettings(regularisation, count, crop), quality.psnr
 
 
 def _energy(image: Tensor) -> Tensor:

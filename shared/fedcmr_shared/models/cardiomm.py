@@ -96,6 +96,8 @@ class CardioMMConfig:
     """Everything that changes what a CardioMM network computes.
 
     ``text_width`` is the width of the text encoder, ``embedding_width`` that of the projections.
+    ``consistency_start`` is the first data-consistency weight: 1 as published; near 0 a small
+    network profits from the measured samples at once.
     """
 
     cascades: int = 10
@@ -107,6 +109,7 @@ class CardioMMConfig:
     )
     text_width: int = 512
     embedding_width: int = 256
+    consistency_start: float = 1.0
     variant: Variant = "MM"
     legacy_projection: bool = False
 
@@ -366,10 +369,10 @@ class SensitivityNetwork(nn.Module):
 class Cascade(nn.Module):
     """One unrolled iteration: prior (U-Net) and weighted data consistency."""
 
-    def __init__(self, config: UNetConfig, text: _Widths) -> None:
+    def __init__(self, config: UNetConfig, text: _Widths, consistency_start: float) -> None:
         super().__init__()
         self.unet = PromptUNet(config, text)
-        self.consistency_weight = nn.Parameter(torch.ones(1))
+        self.consistency_weight = nn.Parameter(torch.full((1,), consistency_start))
 
     def forward(
         self, kspace: Tensor, measured: Tensor, mask: Tensor, maps: Tensor, text: TextEmbedding
@@ -417,7 +420,9 @@ class CardioMM(nn.Module):
         self.metadata_head = _head(config, text.metadata)
         self.sampling_head = _head(config, text.sampling)
         self.sensitivity = SensitivityNetwork(config.sensitivity, text)
-        self.cascades = nn.ModuleList(Cascade(config.unet, text) for _ in range(config.cascades))
+        self.cascades = nn.ModuleList(
+            Cascade(config.unet, text, config.consistency_start) for _ in range(config.cascades)
+        )
 
     def forward(
         self,
@@ -484,12 +489,12 @@ def _head(config: CardioMMConfig, width: int | None) -> ProjectionHead | None:
 
 _TINY = UNetConfig(
     features=16,
-    widths=(24, 32),
-    prompt_widths=(4, 8),
-    prompt_sizes=(24, 12),
-    encoder_blocks=(1, 1),
-    decoder_blocks=(0, 0),
-    skip_blocks=(0, 0),
+    widths=(24,),
+    prompt_widths=(4,),
+    prompt_sizes=(24,),
+    encoder_blocks=(1,),
+    decoder_blocks=(0,),
+    skip_blocks=(0,),
     bottleneck_blocks=1,
     pixel_unshuffle=2,
     residual=True,
@@ -497,7 +502,7 @@ _TINY = UNetConfig(
 
 _SMALL = UNetConfig(
     features=24,
-    widths=(32, 48, 64),
+    widths=(24, 32, 48),
     prompt_widths=(8, 12, 16),
     prompt_sizes=(48, 24, 12),
     encoder_blocks=(1, 1, 1),
@@ -510,14 +515,15 @@ _SMALL = UNetConfig(
 
 CONFIGS: Final[dict[str, CardioMMConfig]] = {
     "tiny": CardioMMConfig(
-        cascades=4,
+        cascades=5,
         unet=_TINY,
-        sensitivity=replace(
-            _TINY, features=8, widths=(8, 8), encoder_blocks=(0, 0), pixel_unshuffle=4
-        ),
+        sensitivity=replace(_TINY, features=8, widths=(8,), encoder_blocks=(0,), pixel_unshuffle=4),
         embedding_width=32,
+        consistency_start=0.1,
     ),
-    "small": CardioMMConfig(cascades=4, unet=_SMALL, sensitivity=_TINY, embedding_width=64),
+    "small": CardioMMConfig(
+        cascades=4, unet=_SMALL, sensitivity=_TINY, embedding_width=64, consistency_start=0.1
+    ),
     "paper": CardioMMConfig(),
 }
 """Configurations by size: `paper` as published; `tiny` trains in seconds on one CPU core."""

@@ -85,6 +85,33 @@ def run(
         _print_summary(summary, out)
 
 
+@simulate.command()
+@click.argument("store", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--sites", type=click.IntRange(min=1), default=2, help="Number of virtual hospitals.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Order of the patients.")
+@json_option
+def partition(store: Path, out: Path, sites: int, seed: int, as_json: bool) -> None:
+    """Divide the patients of STORE among virtual sites below OUT, for `simulate run --data OUT`."""
+    from fedcmr_client.store.site_store import SiteStore
+    from fedcmr_simulations.partition import partition as divide
+    from fedcmr_simulations.progress import SilentProgress, TerminalProgress
+
+    progress = SilentProgress() if as_json else TerminalProgress()
+    with SiteStore.open(store) as opened:
+        patients = len(opened.patients())
+    with progress.stage("dividing patients", patients) as advance:
+        roots = divide(store, out, sites, seed, advance)
+    rows = []
+    for root in roots:
+        with SiteStore.open(root) as site:
+            rows.append({"site": root.name, "path": str(root), **site.split_counts()})
+    if as_json:
+        print_json(rows)
+    else:
+        print_table("patients by part", rows, ("site", "train", "validation", "test", "path"))
+
+
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
     from fedcmr_simulations.report import summary_rows
 

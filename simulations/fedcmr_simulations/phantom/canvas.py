@@ -53,8 +53,9 @@ class Canvas:
 
     def paint(self, tissue: Tissue, coverage: Plane) -> None:
         """Put ``tissue`` over the content where ``coverage`` (0 to 1) says so."""
-        self.weights *= 1 - coverage
-        self.weights[_INDEX[tissue]] += coverage
+        weights = self.weights
+        weights *= 1 - coverage
+        weights[_INDEX[tissue]] += coverage
 
     def paint_ellipse(
         self,

@@ -171,7 +171,7 @@ def _draw_placement(disease: str, size: float, rng: np.random.Generator) -> Hear
         offset = (float(rng.uniform(0.2, 0.4)), scar.angle)
     return HeartPlacement(
         x=float(rng.normal(24, 8)) * size,
-        y=float(rng.normal(-14, 7)) * size,
+        y=float(rng.normal(-22, 6)) * size,
         rotation=float(np.deg2rad(rng.normal(24, 11))),
         tilt=(float(rng.normal(0.14, 0.08)), float(rng.normal(0.10, 0.08))),
         bends=(
@@ -209,16 +209,16 @@ def _draw_scar(disease: str, rng: np.random.Generator) -> Scar | None:
 
 def _draw_body(size: float, rng: np.random.Generator) -> Body:
     return Body(
-        half_width=float(rng.normal(163, 12)) * size,
-        half_depth=float(rng.normal(108, 7)) * size,
+        half_width=float(rng.normal(160, 11)) * size,
+        half_depth=float(rng.normal(113, 6)) * size,
         roundness=float(rng.uniform(2.2, 2.7)),
         fat=float(rng.gamma(4.0, 3.2) + 5),
         muscle=float(rng.uniform(10, 17)),
         liver=(
             float(rng.normal(-62, 10)) * size,
-            float(rng.normal(62, 8)) * size,
-            float(rng.uniform(70, 95)) * size,
-            float(rng.uniform(42, 58)) * size,
+            float(rng.normal(58, 7)) * size,
+            float(rng.uniform(76, 100)) * size,
+            float(rng.uniform(46, 60)) * size,
         ),
         stomach=(
             float(rng.normal(62, 9)) * size,
@@ -226,14 +226,18 @@ def _draw_body(size: float, rng: np.random.Generator) -> Body:
             float(rng.uniform(16, 32)) * size,
         ),
         spine_x=float(rng.normal(-6, 5)),
-        aorta=(float(rng.normal(22, 4)), float(rng.normal(0.58, 0.03)), float(rng.normal(11.5, 1.5))),
+        aorta=(
+            float(rng.normal(22, 4)),
+            float(rng.normal(0.58, 0.03)),
+            float(rng.normal(11.5, 1.5)),
+        ),
         ripple=(
             float(rng.normal(0, 0.25)),
             float(rng.uniform(-np.pi, np.pi)),
             float(rng.normal(0, 0.2)),
             float(rng.uniform(-np.pi, np.pi)),
         ),
-        lung_vessels=_draw_vessels(rng, count=90, spread=(150 * size, 95 * size), scale=1.5),
+        lung_vessels=_draw_vessels(rng, count=150, spread=(145 * size, 95 * size), scale=1.1),
         liver_vessels=_draw_vessels(rng, count=16, spread=(80 * size, 50 * size), scale=2.2),
     )
 
@@ -247,10 +251,10 @@ def _draw_vessels(
             rng.uniform(-1, 1, count) * spread[0],
             rng.uniform(-1, 1, count) * spread[1],
             scale * (0.5 + rng.exponential(0.5, count)),
-            1 + rng.exponential(1.5, count),
+            1 + rng.exponential(0.9, count),
             rng.uniform(0, np.pi, count),
-            rng.normal(0, 0.6, count),
-            rng.normal(0, 0.6, count),
+            rng.normal(0, 0.4, count),
+            rng.normal(0, 0.4, count),
         ]
     )
     return tuple(Vessel(*map(float, row)) for row in columns)

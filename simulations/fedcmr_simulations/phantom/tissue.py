@@ -75,10 +75,10 @@ class TissueProperties:
 
 
 PROPERTIES: Final[dict[Tissue, TissueProperties]] = {
-    "fat": TissueProperties(0.90, 0.05, 0.0),
-    "muscle": TissueProperties(0.75, 0.07, 0.15),
+    "fat": TissueProperties(0.72, 0.04, 0.0),
+    "muscle": TissueProperties(0.75, 0.06, 0.15),
     "myocardium": TissueProperties(0.80, 0.05, 0.30),
-    "scar": TissueProperties(0.82, 0.08, 0.75),
+    "scar": TissueProperties(0.82, 0.08, 1.00),
     "arterial blood": TissueProperties(0.95, 0.03, 0.46),
     "venous blood": TissueProperties(0.93, 0.03, 0.46),
     "liver": TissueProperties(0.75, 0.05, 0.40),

@@ -1,0 +1,305 @@
+"""Virtual hospitals with different scanners, sequences and patients, simulated by the phantom.
+
+The hospitals are invented. What differs between them is what differs between real ones: vendor,
+field strength, coil array, matrix, noise, contrasts and diseases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, TypeVar
+
+import numpy as np
+
+from fedcmr_client.store.pseudonyms import pseudonym
+from fedcmr_client.store.site_store import SiteStore
+from fedcmr_client.store.split import SPLITS, SplitFractions, split_of, split_position
+from fedcmr_shared.errors import ConfigurationError, DataError
+from fedcmr_simulations.phantom.acquisition import Grid
+from fedcmr_simulations.phantom.coils import CoilArray
+from fedcmr_simulations.phantom.patient import Patient, draw_patient
+from fedcmr_simulations.phantom.protocol import DETAILS, Detail, Modality, protocol
+from fedcmr_simulations.phantom.scan import Scan, Scanner
+
+SPLIT: Final = SplitFractions(train=0.6, validation=0.15, test=0.25)
+"""Larger validation and test parts than usual: the cohorts are small."""
+_STANDARD_SLICES: Final = 8
+_Word = TypeVar("_Word", bound=str)
+
+
+@dataclass(frozen=True)
+class Centre:
+    """One virtual hospital. ``modalities`` and ``diseases`` map words to probabilities.
+
+    ``matrix`` (phase, readout) and ``coils`` are those of detail `quick`; `standard` has about
+    1.8 times the matrix and 1.5 times the coils. ``external`` centres are held out of training.
+
+    Raises:
+        ConfigurationError: probabilities do not add up to 1.
+    """
+
+    name: str
+    vendor: str
+    scanner: str
+    field_strength_t: float
+    array: CoilArray
+    matrix: tuple[int, int]
+    spacing_mm: tuple[float, float]
+    readout_oversampling: float
+    modalities: Mapping[Modality, float]
+    diseases: Mapping[str, float]
+    snr: float
+    noise_correlation: float = 0.3
+    life_span: str = "adult"
+    external: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("modalities", "diseases"):
+            total = sum(getattr(self, field).values())
+            if not np.isclose(total, 1):
+                raise ConfigurationError(
+                    f"centre {self.name}: probabilities of {field} add up to {total:g}, not 1"
+                )
+
+    def equipment(self, detail: Detail) -> Scanner:
+        """Scanner settings at a level of detail."""
+        array, phase, readout, spacing = self.array, *self.matrix, self.spacing_mm
+        if detail == "standard":
+            array = replace(array, coils=round(1.5 * array.coils), front=round(1.5 * array.front))
+            fine = (8 * round(phase * 0.225), 8 * round(readout * 0.225))
+            spacing = (spacing[0] * phase / fine[0], spacing[1] * readout / fine[1])
+            phase, readout = fine
+        return Scanner(
+            name=self.name,
+            vendor=self.vendor,
+            model=self.scanner,
+            field_strength_t=self.field_strength_t,
+            array=array,
+            grid=Grid(phase, readout, spacing, self.readout_oversampling),
+            slice_thickness_mm=8.0,
+            slice_pitch_mm=10.0,
+            snr=self.snr,
+            noise_correlation=self.noise_correlation,
+            life_span=self.life_span,
+        )
+
+
+CENTRES: Final[tuple[Centre, ...]] = (
+    Centre(
+        name="alder",
+        vendor="Siemens",
+        scanner="Aera",
+        field_strength_t=1.5,
+        array=CoilArray(coils=8, front=5, radius=58, gap=32, front_arc=1.15, back_arc=0.8),
+        matrix=(96, 96),
+        spacing_mm=(2.6, 2.75),
+        readout_oversampling=2.0,
+        modalities=MappingProxyType({"cine": 0.6, "LGE": 0.4}),
+        diseases=MappingProxyType({"NC": 0.25, "MI": 0.6, "DCM": 0.15}),
+        snr=28.0,
+    ),
+    Centre(
+        name="birch",
+        vendor="UIH",
+        scanner="umr790",
+        field_strength_t=3.0,
+        array=CoilArray(coils=10, front=6, radius=50, gap=30, front_arc=1.3, back_arc=1.0),
+        matrix=(104, 96),
+        spacing_mm=(2.4, 2.7),
+        readout_oversampling=1.0,
+        modalities=MappingProxyType({"cine": 0.5, "T1 mapping": 0.5}),
+        diseases=MappingProxyType({"NC": 0.4, "HCM": 0.6}),
+        snr=52.0,
+        noise_correlation=0.45,
+    ),
+    Centre(
+        name="cedar",
+        vendor="GE",
+        scanner="Voyager",
+        field_strength_t=1.5,
+        array=CoilArray(coils=6, front=4, radius=72, gap=38, front_arc=1.0, back_arc=0.6),
+        matrix=(96, 104),
+        spacing_mm=(2.65, 2.65),
+        readout_oversampling=1.0,
+        modalities=MappingProxyType({"cine": 0.55, "perfusion": 0.45}),
+        diseases=MappingProxyType({"NC": 0.2, "DCM": 0.4, "MI": 0.2, "PAH": 0.2}),
+        snr=24.0,
+        noise_correlation=0.2,
+    ),
+    Centre(
+        name="dogwood",
+        vendor="Siemens",
+        scanner="Free.Max",
+        field_strength_t=0.55,
+        array=CoilArray(coils=8, front=4, radius=62, gap=31, front_arc=1.1, back_arc=1.1),
+        matrix=(96, 96),
+        spacing_mm=(2.65, 2.85),
+        readout_oversampling=2.0,
+        modalities=MappingProxyType({"cine": 0.55, "T2 mapping": 0.45}),
+        diseases=MappingProxyType({"NC": 0.5, "HHD": 0.35, "PAH": 0.15}),
+        snr=14.0,
+        noise_correlation=0.35,
+    ),
+    Centre(
+        name="elm",
+        vendor="UIH",
+        scanner="Jupiter",
+        field_strength_t=5.0,
+        array=CoilArray(coils=10, front=5, radius=48, gap=30, front_arc=1.4, back_arc=1.2),
+        matrix=(104, 104),
+        spacing_mm=(2.35, 2.5),
+        readout_oversampling=1.0,
+        modalities=MappingProxyType({"cine": 0.6, "T1 mapping": 0.2, "LGE": 0.2}),
+        diseases=MappingProxyType({"NC": 0.5, "HCM": 0.25, "DCM": 0.25}),
+        snr=80.0,
+        noise_correlation=0.5,
+        external=True,
+    ),
+    Centre(
+        name="fir",
+        vendor="Philips",
+        scanner="Ingenia",
+        field_strength_t=3.0,
+        array=CoilArray(coils=8, front=4, radius=66, gap=34, front_arc=0.9, back_arc=0.9),
+        matrix=(96, 104),
+        spacing_mm=(2.6, 2.6),
+        readout_oversampling=1.0,
+        modalities=MappingProxyType({"cine": 0.6, "T2 mapping": 0.2, "perfusion": 0.2}),
+        diseases=MappingProxyType({"NC": 0.3, "MI": 0.3, "HHD": 0.2, "DCM": 0.2}),
+        snr=48.0,
+        external=True,
+    ),
+)
+"""All virtual hospitals; SNR grows roughly with the field."""
+TRAINING_CENTRES: Final = tuple(centre for centre in CENTRES if not centre.external)
+EXTERNAL_CENTRES: Final = tuple(centre for centre in CENTRES if centre.external)
+
+
+def simulate_centres(
+    out: Path,
+    n_sites: int,
+    n_patients: int,
+    *,
+    seed: int,
+    detail: Detail = "quick",
+    external: bool = False,
+    on_patient: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Simulate ``n_sites`` hospitals below ``out``, one store each, and return their folders.
+
+    More sites than named centres reuse the equipment with other patients (alder-2, ...).
+    ``external`` takes the held-out centres instead. ``on_patient`` is called after each patient.
+
+    Raises:
+        ConfigurationError: an unknown detail, or fewer than 1 site or 3 patients.
+        DataError: ``out`` is not empty or cannot be written.
+    """
+    if n_sites < 1:
+        raise ConfigurationError(f"sites must be at least 1, not {n_sites}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists and is not an empty folder: choose another one")
+    base = EXTERNAL_CENTRES if external else TRAINING_CENTRES
+    folders = []
+    for index in range(n_sites):
+        centre = base[index % len(base)]
+        if index >= len(base):
+            centre = replace(centre, name=f"{centre.name}-{index // len(base) + 1}")
+        folder = out / centre.name
+        simulate_centre(folder, centre, n_patients, seed, detail, on_patient).close()
+        folders.append(folder)
+    return folders
+
+
+def simulate_centre(
+    root: Path,
+    centre: Centre,
+    n_patients: int,
+    seed: int,
+    detail: Detail = "quick",
+    on_patient: Callable[[str], None] | None = None,
+) -> SiteStore:
+    """Make the store of one virtual hospital in ``root`` and fill it; the caller closes it.
+
+    The same seed gives the same samples, pseudonyms and split.
+
+    Raises:
+        ConfigurationError: an unknown detail, or fewer than 3 patients (one for each part).
+        DataError: ``root`` holds a store already or cannot be written.
+    """
+    if detail not in DETAILS:
+        raise ConfigurationError(f"detail {detail!r} is unknown; use {' or '.join(DETAILS)}")
+    if n_patients < len(SPLITS):
+        raise ConfigurationError(
+            f"patients must be at least {len(SPLITS)} (one per part of the split), not {n_patients}"
+        )
+    names = [f"simulated-{centre.name}-{index:04d}" for index in range(1, n_patients + 1)]
+    store = SiteStore.create(root, secret=_secret(centre.name, seed, names))
+    store.set_split(SPLIT)
+    scanner = centre.equipment(detail)
+    for index, name in enumerate(names):
+        root_seed = (seed, _number(centre.name), index)
+        for scan in _draw_scans(centre, scanner, name, root_seed, detail):
+            store.add(scan.source())
+        if on_patient is not None:
+            on_patient(f"{centre.name} {index + 1}/{n_patients}")
+    return store
+
+
+def _draw_scans(
+    centre: Centre, scanner: Scanner, name: str, seed: tuple[int, ...], detail: Detail
+) -> list[Scan]:
+    rng = np.random.default_rng(seed)
+    patient = draw_patient(name, _draw(centre.diseases, rng), rng)
+    # Quick: one sequence for most patients, two for the others.
+    chosen = [_draw(centre.modalities, rng)]
+    others = [modality for modality in centre.modalities if modality not in chosen]
+    if others and (detail == "standard" or rng.random() < 0.3):
+        chosen.append(others[int(rng.integers(len(others)))])
+    heights = _slice_heights(patient, scanner, detail, rng)
+    return [
+        Scan(
+            patient,
+            scanner,
+            protocol(modality, detail, centre.field_strength_t),
+            heights,
+            (*seed, _number(modality)),
+        )
+        for modality in chosen
+    ]
+
+
+def _slice_heights(
+    patient: Patient, scanner: Scanner, detail: Detail, rng: np.random.Generator
+) -> tuple[float, ...]:
+    """Slice centres in mm over the apex, base first."""
+    base = patient.heart.at(0).base
+    if detail == "quick":
+        return (float(rng.uniform(0.5, 0.85) * base), float(rng.uniform(0.3, 0.5) * base))
+    # As many slices as needed to reach the apex, at least eight; the first one just below the base.
+    count = max(_STANDARD_SLICES, int(np.ceil(base / scanner.slice_pitch_mm)))
+    top = base - scanner.slice_pitch_mm / 2
+    return tuple(float(top - index * scanner.slice_pitch_mm) for index in range(count))
+
+
+def _draw(probabilities: Mapping[_Word, float], rng: np.random.Generator) -> _Word:
+    words = list(probabilities)
+    return words[int(rng.choice(len(words), p=list(probabilities.values())))]
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def _secret(centre: str, seed: int, names: list[str]) -> bytes:
+    """Site secret from the seed: the first one that leaves no part of the split empty."""
+    attempt = 0
+    while True:
+        secret = hashlib.sha256(f"fedcmr phantom {centre} {seed} {attempt}".encode()).digest()
+        positions = (split_position(secret, pseudonym(secret, name)) for name in names)
+        if len({split_of(position, SPLIT) for position in positions}) == len(SPLITS):
+            return secret
+        attempt += 1

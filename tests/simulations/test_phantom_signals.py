@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedcmr_shared.errors import ConfigurationError
+from fedcmr_simulations.phantom import signals
+from fedcmr_simulations.phantom.protocol import MODALITIES, frame_signals, protocol, steady_state
+from fedcmr_simulations.phantom.tissue import PROPERTIES, RELAXATION, TISSUES, relaxation
+
+T1 = st.floats(150, 4000)
+FIELDS = (0.55, 1.5, 3.0, 5.0)
+laws = settings(deadline=None, max_examples=30)
+
+
+@laws
+@given(T1)
+def test_inversion_recovery_runs_from_inverted_to_recovered_through_its_null(t1: float) -> None:
+    assert signals.inversion_recovery(t1, 0) == pytest.approx(-1)
+    assert signals.inversion_recovery(t1, 50 * t1) == pytest.approx(1)
+    assert signals.inversion_recovery(t1, t1 * np.log(2)) == pytest.approx(0, abs=1e-12)
+    assert signals.null_time_ms(t1) == pytest.approx(t1 * np.log(2))
+
+
+@laws
+@given(T1)
+def test_saturation_recovery_and_t2_preparation_have_their_limits(t: float) -> None:
+    assert signals.saturation_recovery(t, 0) == pytest.approx(0)
+    assert signals.saturation_recovery(t, t) == pytest.approx(1 - 1 / np.e)
+    assert signals.t2_preparation(t, 0) == pytest.approx(1)
+    assert signals.t2_preparation(t, t) == pytest.approx(1 / np.e)
+
+
+@laws
+@given(T1, st.floats(0.04, 0.9), st.floats(5, 90), st.floats(2, 6))
+def test_bssfp_on_resonance_is_the_textbook_formula(
+    t1: float, ratio: float, flip: float, repetition: float
+) -> None:
+    t2 = ratio * t1
+    e1, e2 = np.exp(-repetition / t1), np.exp(-repetition / t2)
+    cos, sin = np.cos(np.deg2rad(flip)), np.sin(np.deg2rad(flip))
+    expected = sin * (1 - e1) / (1 - (e1 - e2) * cos - e1 * e2) * np.exp(-repetition / 2 / t2)
+    found = signals.bssfp(
+        t1, t2, flip_angle_deg=flip, repetition_time_ms=repetition, echo_time_ms=repetition / 2
+    )
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_bssfp_is_largest_at_the_optimal_flip_angle() -> None:
+    flips = np.arange(1, 120)
+    values = [
+        abs(signals.bssfp(1000, 50, flip_angle_deg=f, repetition_time_ms=0.5, echo_time_ms=0.25))
+        for f in flips
+    ]
+    optimum = signals.bssfp_optimal_flip_deg(1000, 50)
+    assert flips[int(np.argmax(values))] == pytest.approx(optimum, abs=1)
+
+
+def test_bssfp_bands_lie_half_a_turn_per_tr_from_resonance() -> None:
+    offsets = np.linspace(-160, 160, 321)
+    signal = signals.bssfp(
+        1400,
+        270,
+        flip_angle_deg=50,
+        repetition_time_ms=4.0,
+        echo_time_ms=2.0,
+        off_resonance_hz=offsets,
+    )
+    dark = offsets[np.abs(signal) < 0.2 * np.abs(signal).max()]
+    assert set(np.abs(dark)) >= {125.0}
+    assert np.all(np.abs(np.abs(dark) - 125) < 12)
+
+
+def test_gamma_variate_starts_at_arrival_and_peaks_at_one() -> None:
+    time = np.linspace(0, 40, 4001)
+    curve = signals.gamma_variate(time, arrival_s=4, peak_s=9)
+    assert np.all(curve[time <= 4] == 0)
+    assert curve.max() == pytest.approx(1)
+    assert time[int(np.argmax(curve))] == pytest.approx(9, abs=0.01)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_lge_blackens_healthy_muscle_and_brightens_scar(field: float) -> None:
+    values = np.abs(frame_signals(protocol("LGE", "quick", field), 0, field))
+    muscle, scar, blood = (
+        values[TISSUES.index(t)] for t in ("myocardium", "scar", "arterial blood")
+    )
+    assert muscle < 0.2 * scar
+    assert blood < scar
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_cine_blood_is_brighter_than_muscle_and_fast_recovery_lengthens(field: float) -> None:
+    signal = np.abs(steady_state(protocol("cine", "quick", field), field, np.zeros((1, 1), "f4")))
+    blood, muscle = (signal[TISSUES.index(t), 0, 0] for t in ("arterial blood", "myocardium"))
+    assert blood > 1.5 * muscle
+
+
+def test_perfusion_fills_the_right_heart_before_the_left_before_the_muscle() -> None:
+    sequence = protocol("perfusion", "standard", 1.5)
+    curves = np.abs([frame_signals(sequence, f, 1.5) for f in range(sequence.frames)])
+    right, left, muscle = (
+        int(np.argmax(curves[:, TISSUES.index(t)]))
+        for t in ("venous blood", "arterial blood", "myocardium")
+    )
+    assert right < left < muscle
+
+
+def test_relaxation_times_are_physical_and_t1_grows_with_field() -> None:
+    for tissue, by_field in RELAXATION.items():
+        times = [by_field[field] for field in FIELDS]
+        assert all(0 < entry.t2_ms < entry.t1_ms for entry in times)
+        assert all(a.t1_ms <= b.t1_ms for a, b in pairwise(times)), tissue
+    assert set(RELAXATION) == set(PROPERTIES)
+
+
+def test_contrast_agent_shortens_t1_by_its_relaxivity() -> None:
+    native = relaxation("myocardium", 1.5)
+    rate = 1 / native.with_contrast(0.5) - 1 / native.t1_ms
+    assert rate * 1e3 == pytest.approx(4.5 * 0.5)
+
+
+def test_unknown_field_and_modality_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="7 T"):
+        relaxation("fat", 7.0)
+    with pytest.raises(ConfigurationError, match="tagging"):
+        protocol("tagging", "quick", 1.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="no preparation"):
+        frame_signals(protocol("cine", "quick", 1.5), 0, 1.5)
+    assert len(MODALITIES) == 5
