@@ -46,11 +46,11 @@ def listed(samples: np.ndarray) -> Images:
     return [(f, s, samples[f, s]) for f in range(FRAMES) for s in range(SLICES)]
 
 
-def source_of(images: Images, **changes: Any) -> ScanSource:
+def source_of(scan_images: Images, **changes: Any) -> ScanSource:
     fields: dict[str, Any] = {
         "patient": "Ann Clear",
         "metadata": metadata(),
-        "images": lambda: iter(images),
+        "images": lambda: iter(scan_images),
         "source": "scan-7.mat",
     }
     return ScanSource(**(fields | changes))
@@ -224,7 +224,7 @@ def test_a_staged_scan_that_is_not_published_disappears(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot store scan-7.mat in .*absent"):
+    with pytest.raises(DataError, match=r"cannot store scan-7\.mat in .*absent"):
         write_scan(tmp_path / "absent" / "scan.h5", source_of(listed(kspace())))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # no stubs in dev
+from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from fedcmr_shared.cli import main

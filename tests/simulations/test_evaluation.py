@@ -152,6 +152,23 @@ def test_tuning_takes_evenly_spread_images() -> None:
     )
 
 
+def test_each_modality_has_its_own_settings_and_others_share_one() -> None:
+    quiet = make_image("cine", seed=1)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(quiet.kspace.shape, generator=generator, dtype=torch.complex64)
+    loud = dataclasses.replace(
+        make_image("lge", modality="LGE"), kspace=quiet.kspace + 0.15 * noise
+    )
+    tuning = tune_sense([quiet, loud], [UNIFORM], 0)
+    assert set(tuning) == {(UNIFORM, None), (UNIFORM, "cine"), (UNIFORM, "LGE")}
+    assert tuning[UNIFORM, "cine"] != tuning[UNIFORM, "LGE"]
+    item = undersample_for_evaluation(make_image(modality="tagging"), UNIFORM, 0)
+    shared = {(UNIFORM, None): tuning[UNIFORM, None]}
+    np.testing.assert_array_equal(
+        SenseReconstructor(tuning)(item), SenseReconstructor(shared)(item)
+    )
+
+
 def test_tuning_without_images_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="validation image"):
         tune_sense([], [UNIFORM], 0)
@@ -160,7 +177,7 @@ def test_tuning_without_images_is_refused() -> None:
 def test_sense_refuses_a_sampling_that_was_not_tuned() -> None:
     item = undersample_for_evaluation(make_image(), UNIFORM, 0)
     with pytest.raises(DataError, match="not tuned"):
-        SenseReconstructor({GAUSSIAN: SenseSettings()})(item)
+        SenseReconstructor({(GAUSSIAN, None): SenseSettings()})(item)
 
 
 def test_network_reconstruction_equals_the_model_and_ignores_unmeasured_samples() -> None:
@@ -178,7 +195,9 @@ def test_network_reconstruction_equals_the_model_and_ignores_unmeasured_samples(
     assert not model.training
 
 
-@pytest.mark.parametrize("method", [zero_filled, SenseReconstructor({UNIFORM: SenseSettings()})])
+@pytest.mark.parametrize(
+    "method", [zero_filled, SenseReconstructor({(UNIFORM, None): SenseSettings()})]
+)
 def test_classical_methods_ignore_unmeasured_samples(
     method: Callable[[Undersampled], np.ndarray],
 ) -> None:
@@ -273,7 +292,10 @@ def test_an_example_shows_the_stored_image_that_was_scored(tmp_path: Path) -> No
     with SiteStore.create(tmp_path / "store") as store:
         store.add(ScanSource(patient="Ann", metadata=metadata(), images=lambda: iter(images)))
         records = store.scans()
-    methods = {"zero_filled": zero_filled, "sense": SenseReconstructor({UNIFORM: SenseSettings()})}
+    methods = {
+        "zero_filled": zero_filled,
+        "sense": SenseReconstructor({(UNIFORM, None): SenseSettings()}),
+    }
     rows = list(evaluate("north", all_images(records), [UNIFORM], methods, 0))
     chosen = representative(rows, UNIFORM)
     image = representative_image(chosen, records)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import uuid
@@ -41,6 +42,7 @@ PARTIAL_SUFFIX: Final = ".partial"
 
 # Format 1.10 indexes equal-sized chunks by arithmetic and allows attributes above 64 KiB.
 _LIBVER: Final = ("v110", "v110")
+_RESERVE_MARGIN: Final = 2**17
 _FULL: Final = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
@@ -255,16 +257,44 @@ def _write(path: Path, source: ScanSource) -> str:
     with _disk_errors(source, path.parent):
         file = h5py.File(path, "x", libver=_LIBVER)
     try:
+        with _disk_errors(source, path.parent):
+            _reserve(path, source)
         digest = _write_images(file, source, path.parent)
         with _disk_errors(source, path.parent):
             _write_extras(file, source, digest)
             file.close()
+            os.truncate(path, _end_of_file(path))
             sync(path)
     finally:
         # After a failed write the first close fails too; the second frees the file.
         with suppress(OSError, RuntimeError):
             file.close()
     return digest
+
+
+def _reserve(path: Path, source: ScanSource) -> None:
+    """Claim the disk space of the whole scan, because HDF5 can crash when a disk fills up."""
+    m = source.metadata
+    size = 8 * math.prod(_shape(m)) + 64 * m.frames * m.slices + 2 * len(m.model_dump_json())
+    if source.truth is not None:
+        labels = source.truth.labels
+        size += 0 if labels is None else labels.nbytes + labels.nbytes // 64
+        size += 8 * len(json.dumps([dict(source.truth.phenotypes), source.truth.label_names]))
+    if source.noise_covariance is not None:
+        size += source.noise_covariance.nbytes
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            os.posix_fallocate(descriptor, 0, size + _RESERVE_MARGIN)
+    finally:
+        os.close(descriptor)
+
+
+def _end_of_file(path: Path) -> int:
+    """End-of-file address of the superblock, version 2 or 3 (HDF5 File Format 3.0, II.A)."""
+    with path.open("rb") as file:
+        header = file.read(36)
+    return int.from_bytes(header[28:36], "little")
 
 
 def _write_images(file: h5py.File, source: ScanSource, folder: Path) -> str:

@@ -67,9 +67,9 @@ class SenseCase:
     acs: AcsRegion
 
 
-REGULARISATIONS: Final = (0.001, 0.003, 0.01, 0.03, 0.1)
+REGULARISATIONS: Final = (0.003, 0.01, 0.03, 0.1)
 ITERATIONS: Final = (6, 12, 24)
-CROPS: Final = (0.0, 0.8, 0.95)
+CROPS: Final = (0.0, 0.95)
 
 _KERNEL_WIDTH: Final = 6
 _SINGULAR_THRESHOLD: Final = 0.02  # relative to the largest singular value
@@ -122,7 +122,8 @@ def _espirit(block: Tensor, shape: torch.Size, crop: float) -> Tensor:
     waves = [_waves(size, width, block) for size in shape]
     gram = torch.einsum("cdpq,yp,xq->yxcd", lags, *waves) / width**2
     eigenvalues, eigenvectors = torch.linalg.eigh(gram)
-    return eigenvectors[..., -1].permute(2, 0, 1) * (eigenvalues[..., -1] >= crop)
+    maps: Tensor = eigenvectors[..., -1].permute(2, 0, 1) * (eigenvalues[..., -1] >= crop)
+    return maps
 
 
 def _waves(size: int, width: int, like: Tensor) -> Tensor:
@@ -130,7 +131,8 @@ def _waves(size: int, width: int, like: Tensor) -> Tensor:
     position = torch.arange(size, device=like.device) - size // 2
     lag = torch.arange(1 - width, width, device=like.device)
     angle = (2 * torch.pi / size) * torch.outer(position, lag)
-    return torch.polar(torch.ones_like(angle), angle).to(like.dtype)
+    waves: Tensor = torch.polar(torch.ones_like(angle), angle).to(like.dtype)
+    return waves
 
 
 def normal_operator(image: Tensor, mask: Tensor, maps: Tensor, regularisation: float) -> Tensor:

@@ -18,7 +18,7 @@ from fedcmr_shared.cli import json_option, print_json, print_table
     "--detail",
     type=click.Choice(["quick", "standard"]),
     default="quick",
-    help="Small images in seconds, or clinical size (about 1 GB per cine scan).",
+    help="Small images in seconds, or clinical size (1 to 2 GB per cine scan).",
 )
 @click.option("--external", is_flag=True, help="Simulate the hospitals that training never sees.")
 @json_option
