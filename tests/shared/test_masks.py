@@ -53,7 +53,7 @@ def test_realised_acceleration_of_uniform_masks(phase, realised):
     st.integers(0, 2**32 - 1),
 )
 def test_invariants(pattern, acceleration, acs, phase, readout, seed):
-    arguments = dict(acs=acs, phase=phase, readout=readout, seed=seed)
+    arguments = {"acs": acs, "phase": phase, "readout": readout, "seed": seed}
     mask = _mask(pattern, acceleration, **arguments)
     assert mask.dtype == np.bool_
     assert mask.shape == (3, phase, readout)

@@ -155,7 +155,9 @@ def _classify(path: Path, importers: tuple[Importer, ...]) -> _Unit:
     if len(importers) == 1:
         return _Unit(path, None, "ignored", f"not recognised as {importers[0].name}")
     if path.name.lower().endswith(_SUFFIXES):
-        return _Unit(path, None, "failed", f"{path}: damaged, or of a layout that no importer reads")
+        return _Unit(
+            path, None, "failed", f"{path}: damaged, or of a layout that no importer reads"
+        )
     return _Unit(path, None, "ignored", "not a file with medical images")
 
 
@@ -183,9 +185,7 @@ def _import_unit(
 _OWN_WARNINGS: Final = (ImporterWarning, UnknownVocabularyWarning)
 
 
-def _import_scan(
-    store: SiteStore, scan: ScanSource | Refusal, options: ImportOptions
-) -> ImportRow:
+def _import_scan(store: SiteStore, scan: ScanSource | Refusal, options: ImportOptions) -> ImportRow:
     if isinstance(scan, Refusal):
         return ImportRow(scan.source, "failed", reason=str(scan.error))
     named = replace(scan, patient=options.canonical(scan.patient))

@@ -10,7 +10,7 @@ Wang et al., 2512.21652.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -101,13 +101,12 @@ class _V73Array:
                 for dt, dz in np.ndindex(block.shape[:2]):
                     place = f"{self.path}: frame {t + dt}, slice {z + dz}"
                     check_image(block[dt, dz], place)
-                    yield t + dt, z + dz, block[dt, dz]
-                del block  # before the next one is read
+                    # A view would keep the whole block alive while the next one is read.
+                    yield t + dt, z + dz, block[dt, dz].copy()
+                del block
 
 
-def _block(
-    chunks: tuple[int, ...] | None, has_frames: bool, frames: int
-) -> tuple[int, int]:
+def _block(chunks: tuple[int, ...] | None, has_frames: bool, frames: int) -> tuple[int, int]:
     """Frames and slices to read at once, so that a compressed chunk is unpacked once if possible.
 
     Never more images than one slice has frames.
@@ -158,7 +157,7 @@ def _open_v73(path: Path) -> _V73Array:
 
 def _open_v5(path: Path) -> _V5Array:
     try:
-        variables: list[tuple[str, tuple[int, ...], str]] = scipy.io.whosmat(path)
+        variables: Sequence[tuple[str, tuple[int, ...], str]] = scipy.io.whosmat(path)
     except _V5_ERRORS as error:
         raise DataError(f"{path}: damaged MATLAB file: {error}: copy it again") from error
     key = _choose(path, [name for name, _, _ in variables])
@@ -202,5 +201,3 @@ def _head(path: Path, size: int) -> bytes:
             return file.read(size)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-
-

@@ -68,7 +68,9 @@ class ImportOptions:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.metadata) - set(SETTABLE))
         if unknown:
-            raise ConfigurationError(f"metadata {unknown[0]!r} cannot be set: {', '.join(SETTABLE)}")
+            raise ConfigurationError(
+                f"metadata {unknown[0]!r} cannot be set: {', '.join(SETTABLE)}"
+            )
         if not 1 <= self.coils <= 64:
             raise ConfigurationError(f"coils is {self.coils}: use 1 to 64")
         if not (self.snr > 0 and math.isfinite(self.snr)):

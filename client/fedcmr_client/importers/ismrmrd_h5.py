@@ -269,7 +269,7 @@ def _noise_covariance(data: h5py.Dataset, heads: np.ndarray, coils: int) -> np.n
     total, count = np.zeros((coils, coils), np.complex128), 0
     for row in np.flatnonzero(heads["flags"] & _NOISE):
         if heads[row]["active_channels"] == coils:
-            noise = _samples(data, row, heads[row]).astype(np.complex128)
+            noise = _samples(data, int(row), heads[row]).astype(np.complex128)
             total += noise @ noise.conj().T
             count += noise.shape[1]
     return (total / count).astype(np.complex64) if count else None

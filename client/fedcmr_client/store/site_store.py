@@ -171,7 +171,8 @@ class SiteStore:
                     self._commit(source.source or "scan", staged, row)
                     break
                 except IntegrityError as error:
-                    if attempt == _ATTEMPTS:
+                    # Once the file has its name, there is nothing left to try again with.
+                    if attempt == _ATTEMPTS or not staged.path.exists():
                         message = "the catalogue kept refusing the scan: import it again"
                         raise DataError(f"{source.source or 'scan'}: {message}") from error
         return self.scan(str(row["scan_id"]))
@@ -260,9 +261,9 @@ class SiteStore:
                     session.flush()
                 session.add(ScanRow(**row))
                 session.flush()
-                undo.callback(path.unlink, missing_ok=True)
                 with _disk_errors(path):
                     _make_folder(path.parent)
+                    undo.callback(path.unlink, missing_ok=True)
                     staged.publish(path)
             undo.pop_all()
 
@@ -310,7 +311,7 @@ def _read_settings(root: Path) -> dict[str, str]:
 def _write_settings(root: Path, url: URL) -> None:
     lines = [f'format = "{_FORMAT}"']
     if url != _default_url(root):
-        stored = url.set(password=None).render_as_string(hide_password=False)
+        stored = _without_password(url).render_as_string(hide_password=False)
         # A JSON string is also a TOML string.
         lines.append(f"database_url = {json.dumps(stored)}")
     path = root / _SETTINGS
@@ -319,6 +320,18 @@ def _write_settings(root: Path, url: URL) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync(root)
+
+
+def _without_password(url: URL) -> URL:
+    # URL.set takes None for "as it is".
+    return URL.create(
+        url.drivername,
+        username=url.username,
+        host=url.host,
+        port=url.port,
+        database=url.database,
+        query=url.difference_update_query(["password"]).query,
+    )
 
 
 def _register_site(engine: Engine, secret: bytes) -> None:

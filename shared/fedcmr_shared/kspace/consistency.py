@@ -20,8 +20,8 @@ def weighted_data_consistency(
         mask: measured positions, bool or 0/1, broadcastable to ``prediction``.
         weight: real scalar ``w``.
     """
-    # Subtracting the correction needs one mask product and leaves unmeasured samples untouched.
-    return prediction - mask * (prediction - measured) / (1 + weight.abs())
+    # As a correction: one complex product, and unmeasured samples stay untouched.
+    return prediction - mask / (1 + weight.abs()) * (prediction - measured)
 
 
 def soft_data_consistency(

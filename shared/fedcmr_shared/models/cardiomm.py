@@ -34,6 +34,7 @@ Variant = Literal["SM", "UT", "MT", "MM"]
 """No text; undersampling text; metadata text; both."""
 
 _ATTENTION_REDUCTION: Final = 4
+_ATTENTION_WIDTH: Final = 4  # fewer rectified channels may all be dead in a narrow network
 _RESIDUAL_START: Final = 0.1  # factor on the last convolution of residual networks
 
 _PER_LEVEL: Final = {
@@ -160,7 +161,7 @@ class ChannelAttention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        squeezed = max(1, width // _ATTENTION_REDUCTION)
+        squeezed = max(_ATTENTION_WIDTH, width // _ATTENTION_REDUCTION)
         self.squeeze = nn.Conv2d(width, squeezed, 1, bias=False)
         self.excite = nn.Conv2d(squeezed, width, 1, bias=False)
 
@@ -462,8 +463,7 @@ class CardioMM(nn.Module):
                 )
             else:
                 estimate = cascade(estimate, measured, mask, maps, text)
-        completed = estimate * scale
-        return Reconstruction(rss(ifft2c(estimate)) * scale[:, 0], completed, maps)
+        return Reconstruction(rss(ifft2c(estimate)) * peak[:, 0], estimate * peak, maps)
 
     def _project(
         self, name: str, head: ProjectionHead | None, text: Tensor | None, batch: int
