@@ -44,7 +44,8 @@ def write_mat(root: Path, patient: str, seed: int, size: int = 12, center: str =
 
 def write_nifti(path: Path) -> Path:
     x, y, z = np.ogrid[0:16, 0:20, 0:2]
-    nibabel.save(nibabel.Nifti1Image((100 + x + y + z).astype(np.int16), np.eye(4)), path)
+    array = (100 + x + y + z).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)  # type: ignore[no-untyped-call]  # nibabel
     return path
 
 

@@ -207,6 +207,23 @@ def test_a_good_series_survives_a_bad_one(tmp_path: Path) -> None:
     assert "--patient" in str(bad.error)
 
 
+def test_foreign_and_damaged_files_among_images(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "series")
+    for name in ("report1.dcm", "report2.dcm"):
+        write_image(folder / name, 0, 0, Modality="SR", SeriesInstanceUID="1.2.3")
+    (folder / "DICOMDIR").write_bytes((folder / "0.dcm").read_bytes())
+    bad, good = results(folder)
+    assert isinstance(good, ScanSource)
+    assert isinstance(bad, Refusal)
+    assert "report1.dcm: Modality is SR" in str(bad.error)
+    (folder / "cut.dcm").write_bytes((folder / "0.dcm").read_bytes()[:300])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = results(folder)
+    assert not any(isinstance(item, ScanSource) for item in found)
+    assert "no series of its folder" in str([r.error for r in found if isinstance(r, Refusal)][-1])
+
+
 def test_missing_image(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "series")
     (folder / "3.dcm").unlink()

@@ -95,7 +95,8 @@ def truth(seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     shape = (2, FRAMES, SLICES, COILS, LINES, READOUT)
     parts = rng.normal(size=shape)
-    return (parts[0] + 1j * parts[1]).astype(np.complex64)
+    samples: np.ndarray = (parts[0] + 1j * parts[1]).astype(np.complex64)
+    return samples
 
 
 def readouts(

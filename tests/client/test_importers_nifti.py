@@ -19,8 +19,9 @@ FULL = (1.0, 1.0)
 
 
 def write(path: Path, array: np.ndarray, zooms: tuple[float, ...] = (1.5, 1.25, 10, 1)) -> Path:
-    image = nibabel.Nifti1Image(array, np.diag([*zooms[:3], 1]))
-    image.header.set_zooms(zooms[: array.ndim])
+    affine = np.diag([*zooms[:3], 1])
+    image = nibabel.Nifti1Image(array, affine)  # type: ignore[no-untyped-call]  # nibabel
+    image.header.set_zooms(zooms[: array.ndim])  # type: ignore[no-untyped-call]  # nibabel
     nibabel.save(image, path)
     return path
 
@@ -28,7 +29,8 @@ def write(path: Path, array: np.ndarray, zooms: tuple[float, ...] = (1.5, 1.25, 
 def heart(frames: int = 3, slices: int = 2) -> np.ndarray:
     """(x, y, slice, frame), different along every axis."""
     x, y, z, t = np.ogrid[0:20, 0:24, 0:slices, 0:frames]
-    return (100 + x + 2 * y + 10 * z + 20 * t).astype(np.int16)
+    image: np.ndarray = (100 + x + 2 * y + 10 * z + 20 * t).astype(np.int16)
+    return image
 
 
 def labels() -> np.ndarray:

@@ -23,7 +23,8 @@ from fedcmr_shared.kspace.fourier import ifft2c
 
 def heart(size: tuple[int, int] = (64, 64)) -> np.ndarray:
     y, x = np.ogrid[-1 : 1 : size[0] * 1j, -1 : 1 : size[1] * 1j]
-    return (100 * np.exp(-8 * (y**2 + x**2)) + 5).astype(np.float32)
+    image: np.ndarray = (100 * np.exp(-8 * (y**2 + x**2)) + 5).astype(np.float32)
+    return image
 
 
 def stack(image: np.ndarray, matrix: tuple[int, int], frames: int = 2) -> MagnitudeStack:

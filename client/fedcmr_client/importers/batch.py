@@ -133,7 +133,8 @@ def _units(path: Path, importers: tuple[Importer, ...], *, explicit: bool) -> It
     if path.is_file():
         yield _Unit(path, importers[0]) if explicit else _classify(path, importers)
         return
-    for folder, subfolders, names in os.walk(path):
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(path, onerror=unreadable.append):
         subfolders.sort()
         owner = next((i for i in importers if names and i.claims(Path(folder))), None)
         if owner is not None:
@@ -142,12 +143,18 @@ def _units(path: Path, importers: tuple[Importer, ...], *, explicit: bool) -> It
             file = Path(folder, name)
             if owner is None or not owner.claims(file):
                 yield _classify(file, importers)
+    for error in unreadable:
+        reason = f"{error.filename}: cannot be opened: {error.strerror}"
+        yield _Unit(Path(error.filename), None, "failed", reason)
 
 
 def _classify(path: Path, importers: tuple[Importer, ...]) -> _Unit:
     for importer in importers:
-        if importer.claims(path):
-            return _Unit(path, importer)
+        try:
+            if importer.claims(path):
+                return _Unit(path, importer)
+        except DataError as error:
+            return _Unit(path, None, "failed", str(error))
     if is_label_map(path):
         return _Unit(path, None, "ignored", "label map: read together with its image")
     if path.suffix == ".txt" and "contour" in path.name:

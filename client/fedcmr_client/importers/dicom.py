@@ -64,21 +64,14 @@ class DicomImporter:
         return _is_dicom(path)
 
     def scans(self, path: Path, options: ImportOptions) -> Iterator[ScanSource | Refusal]:
-        """Yield one scan per series, or a Refusal with what is wrong with it."""
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        """Yield one scan per series, or a Refusal; DataError when nothing here is DICOM."""
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        files = [file for file in found if _is_dicom(file)]
+        if not files:
+            raise DataError(f"{path}: no DICOM file (none has the letters DICM at byte 128)")
         folder = path if path.is_dir() else path.parent
-        series: dict[str, list[_Image]] = defaultdict(list)
-        for file in filter(_is_dicom, files):
-            try:
-                image = _read_header(file)
-            except DataError as error:
-                yield Refusal(str(file), error)
-                # A scan without one of its images would be a wrong scan.
-                series["damaged"] = []
-            else:
-                series[image.series].append(image)
-        if "damaged" in series:
-            return
+        series, refused = _group(files)
+        yield from refused
         for images in series.values():
             source = str(path) if len(series) == 1 else f"{path} (series {images[0].number})"
             try:
@@ -94,10 +87,6 @@ class _Image:
 
     path: Path
     header: pydicom.Dataset
-
-    @property
-    def series(self) -> str:
-        return str(self.header.SeriesInstanceUID)
 
     @property
     def number(self) -> str:
@@ -229,7 +218,8 @@ class _Series:
 
 
 def _is_dicom(path: Path) -> bool:
-    if not path.is_file():
+    # A DICOMDIR is an index of other files.
+    if not path.is_file() or path.name == "DICOMDIR":
         return False
     try:
         with path.open("rb") as file:
@@ -268,7 +258,6 @@ _WANTED: Final = [
     "FlipAngle",
 ]
 _REQUIRED: Final = (
-    "SeriesInstanceUID",
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "Rows",
@@ -276,21 +265,54 @@ _REQUIRED: Final = (
 )
 
 
-def _read_header(path: Path) -> _Image:
+def _group(files: list[Path]) -> tuple[dict[str, list[_Image]], list[Refusal]]:
+    """Files by series. A series with an unusable file is refused as a whole.
+
+    A file that cannot be read may belong to any series, so then none is left.
+    """
+    series: dict[str, list[_Image]] = defaultdict(list)
+    refused: dict[str, Refusal] = {}
+    for file in files:
+        try:
+            image = _Image(file, _read_header(file))
+        except DataError as error:
+            message = f"{error}: copy it again; until then no series of its folder is imported"
+            return {}, [*refused.values(), Refusal(str(file), DataError(message))]
+        uid = str(image.header.get("SeriesInstanceUID"))
+        try:
+            _check_header(image)
+        except DataError as error:
+            refused.setdefault(uid, Refusal(str(file), error))
+        else:
+            series[uid].append(image)
+    good = {uid: images for uid, images in series.items() if uid not in refused}
+    return good, list(refused.values())
+
+
+def _read_header(path: Path) -> pydicom.Dataset:
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_WANTED))
-        values = {name: header.get(name) for name in (*_WANTED, *_REQUIRED)}
+        # Values are parsed on access: what is damaged must show here.
+        for name in _WANTED:
+            header.get(name)
     except _DICOM_ERRORS as error:
         # The message may quote header values, so only its kind is repeated.
         raise DataError(f"{path}: damaged DICOM file ({type(error).__name__})") from error
-    if values["Modality"] != "MR":
-        raise DataError(f"{path}: Modality is {values['Modality']}, not MR")
-    if (values["NumberOfFrames"] or 1) != 1:
-        raise DataError(f"{path}: enhanced (multi-frame) DICOM: convert it to one file per image")
-    absent = [name for name in _REQUIRED if values[name] is None]
+    if not header.get("SeriesInstanceUID"):
+        raise DataError(f"{path}: damaged DICOM file (no SeriesInstanceUID)")
+    return header
+
+
+def _check_header(image: _Image) -> None:
+    header = image.header
+    if header.get("Modality") != "MR":
+        raise DataError(f"{image.path}: Modality is {header.get('Modality')}, not MR")
+    if (header.get("NumberOfFrames") or 1) != 1:
+        message = "enhanced (multi-frame) DICOM: convert it to one file per image"
+        raise DataError(f"{image.path}: {message}")
+    absent = [name for name in _REQUIRED if header.get(name) is None]
     if absent:
-        raise DataError(f"{path}: {absent[0]} is missing")
-    return _Image(path, header)
+        raise DataError(f"{image.path}: {absent[0]} is missing")
 
 
 def _arrange(images: list[_Image], source: str) -> list[list[_Image]]:

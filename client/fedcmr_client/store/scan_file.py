@@ -23,7 +23,7 @@ import re
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,8 @@ class ScanSource:
 
     ``patient`` is the name that the source uses; it is never stored in clear. ``images`` starts a
     fresh iteration over ``(frame, slice, image)`` with complex64 images ``[coil, phase, readout]``,
-    each exactly once and in any order; an image may reuse the memory of the one before it.
+    each exactly once and in any order. Each image must be an array of its own: the store still
+    reads it while the next one is made.
     ``noise_covariance`` is complex64 ``[coil, coil]``. ``source`` names the origin in messages.
     """
 
@@ -228,15 +229,14 @@ def sync(path: Path) -> None:
 
 class _Inspection(NamedTuple):
     digest: bytes
-    finite: bool
     nonzero: bool
 
 
-def _inspect(image: np.ndarray) -> _Inspection:
+def _inspect(source: ScanSource, frame: int, slice_: int, image: np.ndarray) -> _Inspection:
     parts = image.reshape(-1).view(np.float32)
-    return _Inspection(
-        hashlib.sha256(image.data).digest(), bool(np.isfinite(parts).all()), bool(parts.any())
-    )
+    if not np.isfinite(parts).all():
+        raise _error(source, "holds NaN or infinity", frame, slice_)
+    return _Inspection(hashlib.sha256(image.data).digest(), bool(parts.any()))
 
 
 def _shape(metadata: AcquisitionMetadata) -> tuple[int, int, int, int, int]:
@@ -301,23 +301,22 @@ def _write_images(file: h5py.File, source: ScanSource, folder: Path) -> str:
     shape = _shape(source.metadata)
     with _disk_errors(source, folder):
         kspace = file.create_dataset("kspace", shape, np.complex64, chunks=(1, 1, *shape[2:]))
-    digests: dict[tuple[int, int], bytes] = {}
-    nonzero = False
-    # Hashing releases the interpreter lock, so it runs while the same image goes to the disk.
+    inspections: dict[tuple[int, int], Future[_Inspection]] = {}
+    last: Future[_Inspection] | None = None
+    # Hashing releases the interpreter lock, so it runs while the next image is read and written.
     with ThreadPoolExecutor(max_workers=1) as inspector:
         for frame, slice_, image in _read_images(source):
-            _check_image(source, frame, slice_, image, digests)
+            _check_image(source, frame, slice_, image, inspections)
             contiguous = np.ascontiguousarray(image)
-            pending = inspector.submit(_inspect, contiguous)
             with _disk_errors(source, folder):
                 kspace.id.write_direct_chunk((frame, slice_, 0, 0, 0), contiguous)
-            inspection = pending.result()
-            if not inspection.finite:
-                raise _error(source, "holds NaN or infinity", frame, slice_)
-            digests[frame, slice_] = inspection.digest
-            nonzero = nonzero or inspection.nonzero
-    _check_complete(source, digests, nonzero)
-    return _content_digest(shape, digests)
+            if last is not None:
+                last.result()  # never more than two images in memory
+            last = inspector.submit(_inspect, source, frame, slice_, contiguous)
+            inspections[frame, slice_] = last
+    results = {position: inspection.result() for position, inspection in inspections.items()}
+    _check_complete(source, results)
+    return _content_digest(shape, {position: result.digest for position, result in results.items()})
 
 
 def _read_images(source: ScanSource) -> Iterator[tuple[int, int, np.ndarray]]:
@@ -360,13 +359,13 @@ def _check_image(
         raise _error(source, f"{message} (coil, phase, readout)", frame, slice_)
 
 
-def _check_complete(source: ScanSource, seen: Mapping[Any, Any], nonzero: bool) -> None:
+def _check_complete(source: ScanSource, results: Mapping[tuple[int, int], _Inspection]) -> None:
     frames, slices = source.metadata.frames, source.metadata.slices
-    missing = [(f, s) for f in range(frames) for s in range(slices) if (f, s) not in seen]
+    missing = [(f, s) for f in range(frames) for s in range(slices) if (f, s) not in results]
     if missing:
         count = f"({len(missing)} of {frames * slices} images are missing)"
         raise _error(source, f"is missing {count}", *missing[0])
-    if not nonzero:
+    if not any(result.nonzero for result in results.values()):
         message = f"all samples are zero, frame 0 to {frames - 1} and slice 0 to {slices - 1}"
         raise _error(source, message)
 
