@@ -50,9 +50,12 @@ def main() -> None:
     for extra in parser.parse_args().extras:
         sizes = {name: wheel_bytes(url) for name, url in wheels(extra).items()}
         largest = ", ".join(
-            f"{name} {sizes[name] / 1e6:.0f} MB" for name in sorted(sizes, key=sizes.__getitem__)[:-4:-1]
+            f"{name} {sizes[name] / 1e6:.0f} MB"
+            for name in sorted(sizes, key=sizes.__getitem__)[:-4:-1]
         )
-        print(f"{extra:<12} {len(sizes):3d} wheels {sum(sizes.values()) / 1e6:7.0f} MB  ({largest})")
+        print(
+            f"{extra:<12} {len(sizes):3d} wheels {sum(sizes.values()) / 1e6:7.0f} MB  ({largest})"
+        )
 
 
 if __name__ == "__main__":

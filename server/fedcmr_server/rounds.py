@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from fedcmr_shared.models.bundle import state_sha256
-from fedcmr_shared.models.registry import build_model
 from torch import Tensor
 
 from fedcmr_server.links import Action, SiteLink
@@ -26,6 +24,8 @@ from fedcmr_shared.federation.messages import (
     content_bytes,
     unpack_answer,
 )
+from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec
 
 _log = logging.getLogger("fedcmr.server")

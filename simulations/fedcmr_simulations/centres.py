@@ -15,15 +15,15 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from fedcmr_client.store.pseudonyms import pseudonym
 from fedcmr_client.store.site_store import SiteStore
-from fedcmr_client.store.split import SPLITS, SplitFractions, split_of, split_position
+from fedcmr_client.store.split import SPLITS, SplitFractions
 from fedcmr_shared.errors import ConfigurationError, DataError
 from fedcmr_simulations.phantom.acquisition import Grid
 from fedcmr_simulations.phantom.coils import CoilArray
 from fedcmr_simulations.phantom.patient import Patient, draw_patient
 from fedcmr_simulations.phantom.protocol import DETAILS, Detail, Modality, protocol
 from fedcmr_simulations.phantom.scan import Scan, Scanner
+from fedcmr_simulations.sites import filling_secret
 
 SPLIT: Final = SplitFractions(train=0.6, validation=0.15, test=0.25)
 """Larger validation and test parts than usual: the cohorts are small."""
@@ -237,7 +237,7 @@ def simulate_centre(
             f"patients must be at least {len(SPLITS)} (one per part of the split), not {n_patients}"
         )
     names = [f"simulated-{centre.name}-{index:04d}" for index in range(1, n_patients + 1)]
-    store = SiteStore.create(root, secret=_secret(centre.name, seed, names))
+    store = SiteStore.create(root, secret=filling_secret(f"{centre.name} {seed}", names, SPLIT))
     store.set_split(SPLIT)
     scanner = centre.equipment(detail)
     for index, name in enumerate(names):
@@ -292,14 +292,3 @@ def _draw(probabilities: Mapping[_Word, float], rng: np.random.Generator) -> _Wo
 
 def _number(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
-
-
-def _secret(centre: str, seed: int, names: list[str]) -> bytes:
-    """Site secret from the seed: the first one that leaves no part of the split empty."""
-    attempt = 0
-    while True:
-        secret = hashlib.sha256(f"fedcmr phantom {centre} {seed} {attempt}".encode()).digest()
-        positions = (split_position(secret, pseudonym(secret, name)) for name in names)
-        if len({split_of(position, SPLIT) for position in positions}) == len(SPLITS):
-            return secret
-        attempt += 1

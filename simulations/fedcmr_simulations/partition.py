@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import numpy as np
 
 from fedcmr_client.store.scan_file import ScanFile, ScanSource
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
-from fedcmr_client.store.split import SplitFractions
+from fedcmr_client.store.split import SPLITS, SplitFractions
 from fedcmr_shared.errors import DataError
+from fedcmr_simulations.sites import filling_secret
 
 FRACTIONS = SplitFractions(train=0.6, validation=0.15, test=0.25)
 """Shares that leave something to evaluate in a small virtual site."""
@@ -26,7 +26,7 @@ def partition(
     another. A scan keeps its samples, metadata and truth; patients get new pseudonyms.
 
     Raises:
-        DataError: ``out`` is not empty, or there are fewer patients than sites.
+        DataError: ``out`` is not empty, or there are fewer than three patients for a site.
     """
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: choose another folder for the sites")
@@ -34,16 +34,20 @@ def partition(
         by_patient: dict[str, list[ScanRecord]] = {}
         for record in source.scans():
             by_patient.setdefault(record.patient, []).append(record)
-    if len(by_patient) < sites:
-        raise DataError(f"{store} has {len(by_patient)} patients for {sites} sites: lower --sites")
+    if len(by_patient) < sites * len(SPLITS):
+        raise DataError(
+            f"{store} has {len(by_patient)} patients: {sites} sites need {sites * len(SPLITS)}, "
+            "so that each can train, validate and test; lower --sites"
+        )
     order = np.random.default_rng(seed).permutation(sorted(by_patient))
     roots = [out / f"site-{number + 1}" for number in range(sites)]
     for number, root in enumerate(roots):
-        secret = hashlib.sha256(f"virtual site {seed}/{number}".encode()).digest()
+        own = [str(patient) for patient in order[number::sites]]
+        secret = filling_secret(f"{root.name} {seed}", own, FRACTIONS)
         with SiteStore.create(root, secret=secret) as site:
             site.set_split(FRACTIONS)
-            for patient in order[number::sites]:
-                for record in by_patient[str(patient)]:
+            for patient in own:
+                for record in by_patient[patient]:
                     _copy(record, site)
                 on_patient(f"{root.name}: {patient}")
     return roots

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -17,18 +17,8 @@ Advance = Callable[[str], None]
 class Progress(Protocol):
     """Shows one stage after the other."""
 
-    def stage(self, title: str, steps: int) -> AdvanceContext:
+    def stage(self, title: str, steps: int) -> AbstractContextManager[Advance]:
         """Begin a stage of ``steps`` steps; call the result once per step with a short note."""
-
-
-class AdvanceContext(Protocol):
-    """A context manager that gives the function to call after each step."""
-
-    def __enter__(self) -> Advance:
-        """Begin the stage."""
-
-    def __exit__(self, *exception: object) -> bool | None:
-        """End the stage."""
 
 
 class TerminalProgress:

@@ -23,10 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fedcmr_shared.models.registry import parameter_counts
-
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import FederationError
+from fedcmr_shared.models.registry import parameter_counts
 from fedcmr_simulations.centres import simulate_centres
 from fedcmr_simulations.config import SimulationConfig
 from fedcmr_simulations.evaluation import EvaluationRow, append_rows, site_summary

@@ -90,7 +90,7 @@ def follow_rounds(task: SiteTask) -> list[dict[str, Any]]:
 def evaluate_site(task: SiteTask) -> list[EvaluationRow]:
     """Score all methods on the site's test patients and save its example for the report.
 
-    CG-SENSE is tuned on the site's validation patients, for each sampling on its own.
+    CG-SENSE is tuned on the site's validation patients, for each sampling and modality.
     """
     folder = RunFolder(task.run)
     seed = folder.job.seed

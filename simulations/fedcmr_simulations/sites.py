@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from flwr.app import Context
 
 from fedcmr_client.app import Site
+from fedcmr_client.store.pseudonyms import pseudonym
 from fedcmr_client.store.site_store import SiteStore
-from fedcmr_client.store.split import SPLITS
+from fedcmr_client.store.split import SPLITS, SplitFractions, split_of, split_position
 from fedcmr_shared.errors import DataError
 
 
@@ -32,16 +36,16 @@ def site_folders(folder: Path) -> list[Path]:
     return stores
 
 
-def choose_sites(folder: Path, count: int, modalities: tuple[str, ...] | None) -> list[Path]:
-    """Return the first ``count`` sites of ``folder`` after checking that each can take part.
+def choose_sites(folder: Path, sites: int, modalities: tuple[str, ...] | None) -> list[Path]:
+    """Return the first ``sites`` sites of ``folder`` after checking that each can take part.
 
     Raises:
         DataError: there are fewer sites, or one has no patient in a part of its split.
     """
     stores = site_folders(folder)
-    if len(stores) < count:
-        raise DataError(f"{folder} holds {len(stores)} sites, not {count}: lower --sites")
-    for store in stores[:count]:
+    if len(stores) < sites:
+        raise DataError(f"{folder} holds {len(stores)} sites, not {sites}: lower --sites")
+    for store in stores[:sites]:
         with SiteStore.open(store) as site:
             empty = [part for part in SPLITS if not site.scans(part, modalities)]
         if empty:
@@ -49,7 +53,7 @@ def choose_sites(folder: Path, count: int, modalities: tuple[str, ...] | None) -
                 f"site {store.name} has no {empty[0]} patient: import more patients or change "
                 f"the fractions with `fedcmr data split --store {store}`"
             )
-    return stores[:count]
+    return stores[:sites]
 
 
 def data_origin(stores: list[Path]) -> str:
@@ -59,6 +63,27 @@ def data_origin(stores: list[Path]) -> str:
         with SiteStore.open(path) as store:
             origins.update(record.metadata.origin for record in store.scans())
     return " and ".join(sorted(origins))
+
+
+def filling_secret(label: str, patients: Sequence[str], fractions: SplitFractions) -> bytes:
+    """Return the first secret derived from ``label`` that leaves no part of the split empty.
+
+    Only virtual sites may choose their secret so: a hospital's is random.
+
+    Raises:
+        DataError: there are fewer patients than parts.
+    """
+    if len(patients) < len(SPLITS):
+        raise DataError(
+            f"a virtual site needs {len(SPLITS)} patients, one for each part of its split, "
+            f"not {len(patients)}: use fewer sites or more patients"
+        )
+    for attempt in count():
+        secret = hashlib.sha256(f"fedcmr virtual site {label} {attempt}".encode()).digest()
+        places = (split_position(secret, pseudonym(secret, patient)) for patient in patients)
+        if len({split_of(place, fractions) for place in places}) == len(SPLITS):
+            return secret
+    raise AssertionError("count() does not end")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedcmr_shared.models.bundle import state_sha256
-from fedcmr_shared.models.registry import build_model
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -14,6 +12,8 @@ from fedcmr_client.app import Site, create_client_app, evaluate_round, train_rou
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.federation.messages import Refusal, Scores, Task, Update, unpack_answer
+from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
 
 JOB = JobSpec(

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fedcmr_shared.models.registry import build_model
 from skimage.metrics import structural_similarity
 
 from fedcmr_client.dataset import PatientSampler, all_images, load_image, undersample
@@ -20,6 +19,7 @@ from fedcmr_shared.kspace.coils import rss
 from fedcmr_shared.kspace.fourier import ifft2c
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
 from fedcmr_shared.text.encoders import load_text_encoder
 

@@ -16,16 +16,17 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def test_every_scan_lands_in_one_site(make_site: Callable[..., Path], tmp_path: Path) -> None:
-    store = make_site(patients=7)
+    store = make_site(patients=11)
     notes: list[str] = []
     roots = partition(store, tmp_path / "out", 3, seed=1, on_patient=notes.append)
     parts = [digests(root) for root in roots]
-    assert sorted(len(part) for part in parts) == [2, 2, 3]
+    assert sorted(len(part) for part in parts) == [3, 4, 4]
     assert set().union(*parts) == set(digests(store))
-    assert sum(map(len, parts)) == 7 == len(notes)
+    assert sum(map(len, parts)) == 11 == len(notes)
     for root in roots:
         with SiteStore.open(root) as site:
             assert site.verify() == []
+            assert all(site.split_counts().values())
 
 
 def test_the_seed_decides_who_goes_where(make_site: Callable[..., Path], tmp_path: Path) -> None:
@@ -41,12 +42,12 @@ def test_the_seed_decides_who_goes_where(make_site: Callable[..., Path], tmp_pat
 def test_more_sites_than_patients_are_refused(
     make_site: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="2 patients for 3 sites"):
-        partition(make_site(patients=2), tmp_path / "out", 3, 0, lambda _: None)
+    with pytest.raises(DataError, match="3 sites need 9"):
+        partition(make_site(patients=8), tmp_path / "out", 3, 0, lambda _: None)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_used_folder_is_refused(make_site: Callable[..., Path]) -> None:
-    store = make_site(patients=2)
+    store = make_site(patients=3)
     with pytest.raises(DataError, match="not empty"):
         partition(store, store, 1, 0, lambda _: None)

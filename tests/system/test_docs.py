@@ -73,7 +73,9 @@ def test_configurations_validate(page: Path) -> None:
 
 def test_named_source_files_exist() -> None:
     for page in PAGES:
-        names = re.findall(r"`((?:shared|client|server|simulations|benchmarks)/[^`\s*]+)`", page.read_text())
+        names = re.findall(
+            r"`((?:shared|client|server|simulations|benchmarks)/[^`\s*]+)`", page.read_text()
+        )
         for name in names:
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 

@@ -38,12 +38,14 @@ class Task:
 
     def pack(self) -> RecordDict:
         """Return the content of a Flower message."""
-        header = {
-            "job": self.job.model_dump_json(),
-            "round": self.round,
-            "model-sha256": state_sha256(self.state),
-        }
-        return RecordDict({_HEADER: ConfigRecord(header), _ARRAYS: _arrays(self.state)})
+        header = ConfigRecord(
+            {
+                "job": self.job.model_dump_json(),
+                "round": self.round,
+                "model-sha256": state_sha256(self.state),
+            }
+        )
+        return RecordDict({_HEADER: header, _ARRAYS: _arrays(self.state)})
 
     @classmethod
     def unpack(cls, content: RecordDict) -> Task:

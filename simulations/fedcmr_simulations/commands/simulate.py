@@ -102,10 +102,11 @@ def partition(store: Path, out: Path, sites: int, seed: int, as_json: bool) -> N
         patients = len(opened.patients())
     with progress.stage("dividing patients", patients) as advance:
         roots = divide(store, out, sites, seed, advance)
-    rows = []
+    rows: list[dict[str, object]] = []
     for root in roots:
         with SiteStore.open(root) as site:
-            rows.append({"site": root.name, "path": str(root), **site.split_counts()})
+            counts = {str(part): count for part, count in site.split_counts().items()}
+        rows.append({"site": root.name, "path": str(root), **counts})
     if as_json:
         print_json(rows)
     else:
