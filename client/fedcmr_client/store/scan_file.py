@@ -128,6 +128,8 @@ class ScanFile:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(f"{self.path}: there is no such scan file")
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:

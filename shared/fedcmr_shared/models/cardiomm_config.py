@@ -30,8 +30,9 @@ class UNetConfig:
     """Widths and block counts of one prompt U-Net; tuples run from fine to coarse level.
 
     ``pixel_unshuffle`` folds squares of pixels into channels before the first convolution: not in
-    the paper, but 4 times faster on a CPU at 2. ``residual`` lets the network predict a correction
-    that starts near zero: not in the paper, but small networks then learn in minutes.
+    the paper, but cheaper on a CPU, as there are fewer positions. ``residual`` lets the network
+    predict a correction that starts near zero: not in the paper, but small networks then learn in
+    minutes.
     """
 
     features: int = 48
