@@ -109,19 +109,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
     os.environ.update(FLOWER_SILENCE)
     try:
-        cli.main(args=arguments, prog_name="fedcmr", standalone_mode=False)
+        # Outside standalone mode click returns the code of `ctx.exit`, and else what the command
+        # returned: ours return nothing.
+        code = cli.main(args=arguments, prog_name="fedcmr", standalone_mode=False)
     except FedcmrError as error:
         _report(str(error), wants_json="--json" in (arguments or sys.argv))
         sys.exit(1)
-    except click.exceptions.Exit as exit_request:
-        sys.exit(exit_request.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         sys.exit(130)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _report(message: str, *, wants_json: bool) -> None:

@@ -11,7 +11,7 @@ from fedcmr_client.store.scan_file import ScanFile, ScanSource
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.store.split import SPLITS, SplitFractions
 from fedcmr_shared.errors import DataError
-from fedcmr_simulations.sites import filling_secret
+from fedcmr_simulations.sites import balanced_secret
 
 FRACTIONS = SplitFractions(train=0.6, validation=0.15, test=0.25)
 """Shares that leave something to evaluate in a small virtual site."""
@@ -43,7 +43,7 @@ def partition(
     roots = [out / f"site-{number + 1}" for number in range(sites)]
     for number, root in enumerate(roots):
         own = [str(patient) for patient in order[number::sites]]
-        secret = filling_secret(f"{root.name} {seed}", own, FRACTIONS)
+        secret = balanced_secret(f"{root.name} {seed}", own, FRACTIONS)
         with SiteStore.create(root, secret=secret) as site:
             site.set_split(FRACTIONS)
             for patient in own:

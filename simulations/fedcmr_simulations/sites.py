@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -65,9 +66,10 @@ def data_origin(stores: list[Path]) -> str:
     return " and ".join(sorted(origins))
 
 
-def filling_secret(label: str, patients: Sequence[str], fractions: SplitFractions) -> bytes:
-    """Return the first secret derived from ``label`` that leaves no part of the split empty.
+def balanced_secret(label: str, patients: Sequence[str], fractions: SplitFractions) -> bytes:
+    """Return the first secret derived from ``label`` whose split of ``patients`` is balanced.
 
+    Each part then has at least one patient and differs from its expected number by less than one.
     Only virtual sites may choose their secret so: a hospital's is random.
 
     Raises:
@@ -78,12 +80,20 @@ def filling_secret(label: str, patients: Sequence[str], fractions: SplitFraction
             f"a virtual site needs {len(SPLITS)} patients, one for each part of its split, "
             f"not {len(patients)}: use fewer sites or more patients"
         )
-    for attempt in count():
-        secret = hashlib.sha256(f"fedcmr virtual site {label} {attempt}".encode()).digest()
-        places = (split_position(secret, pseudonym(secret, patient)) for patient in patients)
-        if len({split_of(place, fractions) for place in places}) == len(SPLITS):
-            return secret
-    raise AssertionError("count() does not end")
+    secrets = (
+        hashlib.sha256(f"fedcmr virtual site {label} {attempt}".encode()).digest()
+        for attempt in count()
+    )
+    return next(secret for secret in secrets if _is_balanced(secret, patients, fractions))
+
+
+def _is_balanced(secret: bytes, patients: Sequence[str], fractions: SplitFractions) -> bool:
+    places = (split_position(secret, pseudonym(secret, patient)) for patient in patients)
+    counts = Counter(split_of(place, fractions) for place in places)
+    return all(
+        counts[part] >= 1 and abs(counts[part] - len(patients) * getattr(fractions, part)) < 1
+        for part in SPLITS
+    )
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,16 @@ def test_every_command_takes_json_and_says_what_it_does() -> None:
         assert command.help, name
 
 
+def test_exit_code_of_a_command_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    @click.pass_context
+    def stops(context: click.Context) -> None:
+        context.exit(3)
+
+    monkeypatch.setitem(cli.commands, "stops", stops)
+    assert exit_code("stops") == 3
+
+
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("simulate", "run", "--sites", "0") == 2
     assert "--sites" in capsys.readouterr().err
