@@ -7,7 +7,7 @@ import pytest
 
 from fedcmr_client.store.site_store import SiteStore
 from fedcmr_shared.errors import DataError
-from fedcmr_simulations.partition import partition
+from fedcmr_simulations.partition import FRACTIONS, partition
 
 
 def digests(root: Path) -> dict[str, str]:
@@ -26,7 +26,10 @@ def test_every_scan_lands_in_one_site(make_site: Callable[..., Path], tmp_path: 
     for root in roots:
         with SiteStore.open(root) as site:
             assert site.verify() == []
-            assert all(site.split_counts().values())
+            counts = site.split_counts()
+        assert all(counts.values())
+        for part, number in counts.items():
+            assert abs(number - sum(counts.values()) * getattr(FRACTIONS, part)) < 1
 
 
 def test_the_seed_decides_who_goes_where(make_site: Callable[..., Path], tmp_path: Path) -> None:
