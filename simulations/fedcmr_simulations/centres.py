@@ -102,7 +102,7 @@ CENTRES: Final[tuple[Centre, ...]] = (
             {"cine": 0.4, "LGE": 0.3, "T1 mapping": 0.15, "perfusion": 0.15}
         ),
         diseases=MappingProxyType({"NC": 0.25, "MI": 0.6, "DCM": 0.15}),
-        snr=28.0,
+        snr=34.0,
     ),
     Centre(
         name="birch",
@@ -133,7 +133,7 @@ CENTRES: Final[tuple[Centre, ...]] = (
             {"cine": 0.4, "perfusion": 0.3, "T2 mapping": 0.15, "LGE": 0.15}
         ),
         diseases=MappingProxyType({"NC": 0.2, "DCM": 0.4, "MI": 0.2, "PAH": 0.2}),
-        snr=24.0,
+        snr=36.0,
         noise_correlation=0.2,
     ),
     Centre(
@@ -149,7 +149,7 @@ CENTRES: Final[tuple[Centre, ...]] = (
             {"cine": 0.4, "T2 mapping": 0.3, "T1 mapping": 0.15, "perfusion": 0.15}
         ),
         diseases=MappingProxyType({"NC": 0.5, "HHD": 0.35, "PAH": 0.15}),
-        snr=14.0,
+        snr=18.0,
         noise_correlation=0.35,
     ),
     Centre(

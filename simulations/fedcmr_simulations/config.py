@@ -35,7 +35,7 @@ class PhantomSpec(BaseModel):
 
     model_config = _FROZEN
 
-    patients: Annotated[int, Field(ge=1)] = 14
+    patients: Annotated[int, Field(ge=3)] = 12
     detail: Literal["quick", "standard"] = "quick"
 
 
