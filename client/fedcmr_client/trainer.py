@@ -89,6 +89,7 @@ class Trainer:
         self._sampler = PatientSampler(records)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._optimiser = _optimiser(job.training, self._parameters)
+        self._steps_taken = 0
 
     def run(self, first_step: int, steps: int) -> float:
         """Take ``steps`` optimiser steps; ``first_step`` counts from the start of the job.
@@ -106,8 +107,10 @@ class Trainer:
     def _step(self, step: int) -> float:
         generator = np.random.default_rng([self._job.seed, self._site, step])
         items = [self._draw(generator) for _ in range(self._job.training.batch_size)]
+        # An adaptive optimiser without history takes steps of full size in random directions.
+        warmup = min(1.0, (self._steps_taken + 1) / (self._job.training.warmup_steps + 1))
         for group in self._optimiser.param_groups:
-            group["lr"] = learning_rate(self._job, step)
+            group["lr"] = warmup * learning_rate(self._job, step)
         self._optimiser.zero_grad()
         total = 0.0
         for batch in collate(items, self._encoder):
@@ -119,6 +122,7 @@ class Trainer:
             raise FederationError(f"training loss is {total} at step {step}: lower learning_rate")
         nn.utils.clip_grad_norm_(self._parameters, self._job.training.gradient_clip)
         self._optimiser.step()
+        self._steps_taken += 1
         return total
 
     def _draw(self, generator: np.random.Generator) -> Undersampled:

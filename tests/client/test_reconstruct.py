@@ -479,7 +479,7 @@ class TestCommand:
         scan = tmp_path / "none.h5"
         code, _, err = run(capsys, scan, "--model", bundle_path, "--out", tmp_path / "out")
         assert code == 1
-        assert err.startswith(f"error: {scan}: not a readable scan file")
+        assert err.startswith(f"error: {scan}: there is no such scan file")
         assert not (tmp_path / "out").exists()
 
     def test_missing_bundle(self, scan_path: Path, tmp_path: Path, capsys: Any) -> None:

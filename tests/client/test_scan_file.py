@@ -309,7 +309,7 @@ def test_a_truncated_file_is_refused(stored: Path) -> None:
 
 
 def test_absent_and_foreign_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.h5: not a readable scan file"):
+    with pytest.raises(DataError, match=r"absent\.h5: there is no such scan file"):
         ScanFile(tmp_path / "absent.h5")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["kspace"] = kspace()

@@ -93,6 +93,18 @@ def test_learning_rate_decays_from_full_to_final() -> None:
     assert all(a >= b for a, b in pairwise(rates))
 
 
+def test_a_new_optimiser_starts_with_small_steps(records: list[ScanRecord]) -> None:
+    def first_change(warmup: int) -> float:
+        training = TrainingSpec(optimiser="sgd", warmup_steps=warmup)
+        run, model = trainer(records, JOB.model_copy(update={"training": training}))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        run.run(0, 1)
+        changes = [(p - before[name]).detach().norm() for name, p in model.named_parameters()]
+        return float(torch.stack(changes).norm())
+
+    assert first_change(9) == pytest.approx(first_change(0) / 10, rel=1e-3)
+
+
 def test_ssim_loss_is_one_minus_skimage() -> None:
     generator = np.random.default_rng(0)
     target, image = generator.random((2, 24, 31))

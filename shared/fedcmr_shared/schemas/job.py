@@ -55,6 +55,9 @@ class TrainingSpec(BaseModel):
     final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="cosine decay over all rounds of the job ends at this fraction"
     )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        default=10, description="linear warm-up each time a site starts its optimiser anew"
+    )
     loss: Literal["l1", "ssim"] = "l1"
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
 
