@@ -17,15 +17,15 @@ import time
 from pathlib import Path
 
 import torch
-from fedcmr_shared.models.registry import build_model
-from fedcmr_simulations.centres import simulate_centres
 
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.trainer import Trainer
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.text.encoders import CachedTextEncoder, load_text_encoder
+from fedcmr_simulations.centres import simulate_centres
 from fedcmr_simulations.config import load_config
 from fedcmr_simulations.flower_engine import flower_process
 

@@ -15,8 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from fedcmr_shared.models.bundle import state_sha256
-from fedcmr_shared.models.registry import build_model
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -33,7 +31,9 @@ from fedcmr_shared.errors import (
 from fedcmr_shared.federation.messages import Refusal, RefusalCode, Scores, Task, Update
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.metrics.image_quality import score
+from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.text.encoders import CachedTextEncoder, TextEncoder, load_text_encoder
 

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedcmr_shared.models.bundle import load_bundle, save_bundle
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedcmr_shared.errors import ConfigurationError, FederationError
+from fedcmr_shared.models.bundle import load_bundle, save_bundle
 from fedcmr_shared.schemas.job import JobSpec
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from fedcmr_shared.models.bundle import state_sha256
-from fedcmr_shared.models.registry import build_model
 from flwr.app import RecordDict
 
 from fedcmr_server.links import Action
@@ -15,6 +13,8 @@ from fedcmr_server.rounds import run_job
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.federation.messages import Refusal, Scores, Task, Update
+from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec
 
 JOB = JobSpec(
