@@ -99,10 +99,10 @@ class _V73Array:
                 block = dataset.astype(_SINGLE)[where if has_frames else where[1:]]
                 block = block.view(np.complex64).reshape(-1, min(step_z, slices - z), *image)
                 for dt, dz in np.ndindex(block.shape[:2]):
-                    place = f"{self.path}: frame {t + dt}, slice {z + dz}"
-                    check_image(block[dt, dz], place)
-                    # A view would keep the whole block alive while the next one is read.
-                    yield t + dt, z + dz, block[dt, dz].copy()
+                    check_image(block[dt, dz], f"{self.path}: frame {t + dt}, slice {z + dz}")
+                    # A view would keep a larger block alive while the next one is read.
+                    alone = block.shape[:2] == (1, 1)
+                    yield t + dt, z + dz, block[dt, dz] if alone else block[dt, dz].copy()
                 del block
 
 

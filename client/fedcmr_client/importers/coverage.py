@@ -31,6 +31,10 @@ def check_image(image: np.ndarray, place: str) -> None:
 
     An image without any signal passes: the store refuses a scan of nothing but zeros.
     """
+    centre = image.shape[-1] // 2
+    # An acquired line has signal in its middle; only a doubtful image is looked at as a whole.
+    if (image[..., centre - 1 : centre + 2] != 0).any(axis=(0, 2)).all():
+        return
     sampled = (image != 0).any(axis=(0, 2))
     if sampled.any():
         check_coverage(sampled, place)
