@@ -13,7 +13,7 @@ from fedcmr_client.store.scan_file import ScanFile
 from fedcmr_client.store.site_store import ScanRecord
 from fedcmr_shared.errors import DataError
 from fedcmr_shared.kspace.coils import remove_readout_oversampling
-from fedcmr_shared.kspace.masks import Sampling, acs_region, make_mask, realised_acceleration
+from fedcmr_shared.kspace.masks import Sampling, acs_mask, make_mask, realised_acceleration
 from fedcmr_shared.text.prompts import metadata_text, sampling_text
 
 
@@ -63,8 +63,7 @@ def undersample(image: Image, sampling: Sampling, seed: int) -> Undersampled:
     phase, readout = image.kspace.shape[-2:]
     frames = image.record.metadata.frames
     masks = make_mask(sampling, phase_encodes=phase, readout=readout, frames=frames, seed=seed)
-    acs = torch.zeros((1, phase, readout), dtype=torch.bool)
-    acs[(slice(None), *acs_region(sampling, phase, readout))] = True
+    acs = torch.from_numpy(acs_mask(sampling, phase, readout))[None]
     return Undersampled(image, sampling, torch.from_numpy(masks[image.frame][None]), acs)
 
 
