@@ -12,7 +12,7 @@ export MALLOC_TRIM_THRESHOLD_ = 1000000000
 
 .PHONY: demo test check install clean
 
-demo: install ## Four virtual hospitals train CardioMM for three rounds; prints the report's path.
+demo: install ## Four virtual hospitals fine-tune CardioMM privately; prints the report's path.
 	$(BIN)/fedcmr simulate run --sites 4 --rounds 3
 
 test: install check ## Everything that CI runs.

@@ -1,15 +1,19 @@
-"""Small site stores with smooth random images seen by a few coils."""
+"""Small sites with smooth random images seen by a few coils, and with policy and ledger."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fedcmr_client.policy import policy_text
+from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.scan_file import ScanSource
 from fedcmr_client.store.site_store import SiteStore
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
+from fedcmr_shared.schemas.policy import SitePolicy
 
 SiteFactory = Callable[..., Path]
 HALVES = SplitFractions(0.5, 0.25, 0.25)
@@ -87,5 +91,37 @@ def make_site(tmp_path: Path) -> SiteFactory:
                     )
                 )
         return root
+
+    return make
+
+
+HomeFactory = Callable[..., SiteHome]
+
+
+@pytest.fixture
+def make_home(tmp_path: Path, make_site: SiteFactory) -> HomeFactory:
+    """Return a function that gives a store a policy and a ledger below ``tmp_path / "homes"``."""
+
+    def make(store: Path | None = None, **changes: Any) -> SiteHome:
+        store = store or make_site()
+        folder = tmp_path / "homes" / store.name
+        (folder / "second-place").mkdir(parents=True)
+        rules = {
+            "site": store.name,
+            "store": store,
+            "ledger": {"folder": folder / "ledger", "second_place": folder / "second-place"},
+            "max_epsilon_per_job": 8.0,
+            "minimum_sites": 1,
+            "coordinators": ["coordinator"],
+            "jobs": ["*"],
+            "models": ["cardiomm"],
+            "cohort": {"require_consent": False},
+            "reply_tick_s": 0.01,
+        }
+        path = folder / "policy.yaml"
+        path.write_text(policy_text(SitePolicy.model_validate({**rules, **changes})))
+        home = SiteHome.open(path)
+        home.create_ledger().close()
+        return home
 
     return make

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedcmr_client.store.scan_file import ScanFile
 from fedcmr_client.store.site_store import ScanRecord
-from fedcmr_shared.errors import DataError
 from fedcmr_shared.kspace.coils import remove_readout_oversampling
 from fedcmr_shared.kspace.masks import Sampling, acs_mask, make_mask, realised_acceleration
 from fedcmr_shared.text.prompts import metadata_text, sampling_text
@@ -83,27 +83,29 @@ def all_images(records: Sequence[ScanRecord]) -> Iterator[Image]:
                 yield load_image(record, frame, slice_index)
 
 
-class PatientSampler:
-    """Draws a patient uniformly, then one of that patient's images uniformly.
-
-    A patient with many scans therefore counts as much as one with few.
-    """
+class Cohort:
+    """Patients with all their scans; what a job may train on at a site."""
 
     def __init__(self, records: Sequence[ScanRecord]) -> None:
-        if not records:
-            raise DataError("no scan to train on: import data or relax the job's modalities")
         self._by_patient: dict[str, list[ScanRecord]] = {}
         for record in records:
             self._by_patient.setdefault(record.patient, []).append(record)
-        self._patients = sorted(self._by_patient)
 
-    def draw(self, generator: np.random.Generator) -> Image:
-        """Load one image."""
-        scans = self._by_patient[self._patients[generator.integers(len(self._patients))]]
-        images = np.array([scan.metadata.frames * scan.metadata.slices for scan in scans])
-        index = int(generator.integers(images.sum()))
-        ends = np.cumsum(images)
-        chosen = int(np.searchsorted(ends, index, side="right"))
-        within = index - int(ends[chosen] - images[chosen])
-        frame, slice_index = divmod(within, scans[chosen].metadata.slices)
-        return load_image(scans[chosen], frame, slice_index)
+    @property
+    def patients(self) -> list[str]:
+        """Pseudonyms, sorted."""
+        return sorted(self._by_patient)
+
+    def draw(self, patient: str, at_most: int, generator: np.random.Generator) -> list[Image]:
+        """Load ``at_most`` of a patient's images, drawn without replacement over all scans."""
+        scans = self._by_patient[patient]
+        ends = np.cumsum([scan.metadata.frames * scan.metadata.slices for scan in scans])
+        count = min(at_most, int(ends[-1]))
+        chosen = generator.choice(int(ends[-1]), size=count, replace=False)
+        return [self._load(scans, ends, int(index)) for index in chosen]
+
+    def _load(self, scans: list[ScanRecord], ends: NDArray[np.int_], index: int) -> Image:
+        scan = int(np.searchsorted(ends, index, side="right"))
+        within = index - (int(ends[scan - 1]) if scan else 0)
+        frame, slice_index = divmod(within, scans[scan].metadata.slices)
+        return load_image(scans[scan], frame, slice_index)

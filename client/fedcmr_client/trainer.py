@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedcmr_client.dataset import PatientSampler, Undersampled, undersample
+from fedcmr_client.dataset import Cohort, Image, Undersampled, undersample
 from fedcmr_client.store.site_store import ScanRecord
-from fedcmr_shared.errors import FederationError
+from fedcmr_shared.errors import DataError, FederationError
 from fedcmr_shared.kspace.coils import rss
 from fedcmr_shared.kspace.fourier import ifft2c
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.privacy.parts import freeze, trainable_names
 from fedcmr_shared.schemas.job import JobSpec, TrainingSpec
 from fedcmr_shared.text.encoders import TextEncoder
 
@@ -42,33 +43,87 @@ class Batch:
         return replace(self, **moved)
 
 
+def by_shape(items: Sequence[Undersampled]) -> list[list[Undersampled]]:
+    """Group ``items`` by the shape of their k-space; order within a shape is kept."""
+    groups: dict[torch.Size, list[Undersampled]] = {}
+    for item in items:
+        groups.setdefault(item.image.kspace.shape, []).append(item)
+    return list(groups.values())
+
+
 def collate(items: Sequence[Undersampled], encoder: TextEncoder) -> list[Batch]:
     """Stack ``items`` into one batch per shape; order within a shape is kept."""
-    by_shape: dict[torch.Size, list[Undersampled]] = {}
-    for item in items:
-        by_shape.setdefault(item.image.kspace.shape, []).append(item)
-    batches = []
-    for group in by_shape.values():
-        texts = [item.texts for item in group]
-        kspace = torch.stack([item.image.kspace for item in group])
-        batches.append(
-            Batch(
-                measured=torch.stack([item.measured for item in group]),
-                mask=torch.stack([item.mask for item in group]),
-                acs=torch.stack([item.acs for item in group]),
-                metadata_text=encoder.encode([metadata for metadata, _ in texts]),
-                sampling_text=encoder.encode([sampling for _, sampling in texts]),
-                target=rss(ifft2c(kspace)),
-            )
+    return [_stack(group, encoder) for group in by_shape(items)]
+
+
+def _stack(group: Sequence[Undersampled], encoder: TextEncoder) -> Batch:
+    texts = [item.texts for item in group]
+    kspace = torch.stack([item.image.kspace for item in group])
+    real = kspace.real.dtype
+    return Batch(
+        measured=torch.stack([item.measured for item in group]),
+        mask=torch.stack([item.mask for item in group]),
+        acs=torch.stack([item.acs for item in group]),
+        metadata_text=encoder.encode([metadata for metadata, _ in texts]).to(real),
+        sampling_text=encoder.encode([sampling for _, sampling in texts]).to(real),
+        target=rss(ifft2c(kspace)),
+    )
+
+
+class ReconstructionLoss:
+    """The job's loss of undersampled images; the loss of one image does not depend on others."""
+
+    def __init__(
+        self, model: nn.Module, job: JobSpec, encoder: TextEncoder, device: torch.device
+    ) -> None:
+        self._model = model
+        self._loss = LOSSES[job.training.loss]
+        self._encoder = encoder
+        self._device = device
+
+    def __call__(self, examples: Sequence[Undersampled], /) -> Tensor:
+        """Return one loss for each image, those of one shape after another."""
+        batches = (batch.to(self._device) for batch in collate(examples, self._encoder))
+        return torch.cat([self._of_batch(batch) for batch in batches])
+
+    def _of_batch(self, batch: Batch) -> Tensor:
+        output = self._model(
+            batch.measured, batch.mask, batch.acs, batch.metadata_text, batch.sampling_text
         )
-    return batches
+        return self._loss(output.image, batch.target)
+
+
+class LocalOptimiser:
+    """The job's optimiser with its schedule: cosine decay over the job, warm-up after a start."""
+
+    def __init__(self, job: JobSpec, parameters: list[nn.Parameter]) -> None:
+        self._job = job
+        self._optimiser = _optimiser(job.training, parameters)
+        self._steps_taken = 0
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        self._optimiser.zero_grad()
+
+    def step(self, step: int) -> None:
+        """Take one step along the gradients; ``step`` counts from the start of the job."""
+        # An adaptive optimiser without history takes steps of full size in random directions.
+        warmup = min(1.0, (self._steps_taken + 1) / (self._job.training.warmup_steps + 1))
+        for group in self._optimiser.param_groups:
+            group["lr"] = warmup * learning_rate(self._job, step)
+        self._optimiser.step()
+        self._steps_taken += 1
 
 
 class Trainer:
-    """Trains one model at one site; keeps the optimiser's state between calls of :meth:`run`.
+    """Trains one model without privacy; keeps the optimiser's state between calls of `run`.
 
-    Everything random is a function of the job's seed, the site's name and the step number, so
-    that a round can be repeated and the same seed gives the same weights on a CPU.
+    Only simulations, pretraining and comparisons do that. Everything random is a function of the
+    job's seed, the site's name and the step number, so that a round can be repeated and the same
+    seed gives the same weights on a CPU. Private training: :mod:`fedcmr_client.private_trainer`.
+
+    Raises:
+        DataError: there is no scan.
     """
 
     def __init__(
@@ -81,15 +136,16 @@ class Trainer:
         site: str,
         device: str = "cpu",
     ) -> None:
-        self._device = torch.device(device)
-        self._model = model.to(self._device)
+        if not records:
+            raise DataError("no scan to train on: import data or relax the job's cohort")
+        place = torch.device(device)
+        self._model = model.to(place)
         self._job = job
-        self._encoder = encoder
         self._site = zlib.crc32(site.encode())
-        self._sampler = PatientSampler(records)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimiser = _optimiser(job.training, self._parameters)
-        self._steps_taken = 0
+        self._cohort = Cohort(records)
+        self._parameters = freeze(model, trainable_names(job.model, model, job.training.part))
+        self._loss = ReconstructionLoss(model, job, encoder, place)
+        self._optimiser = LocalOptimiser(job, self._parameters)
 
     def run(self, first_step: int, steps: int) -> float:
         """Take ``steps`` optimiser steps; ``first_step`` counts from the start of the job.
@@ -107,39 +163,34 @@ class Trainer:
     def _step(self, step: int) -> float:
         generator = np.random.default_rng([self._job.seed, self._site, step])
         items = [self._draw(generator) for _ in range(self._job.training.batch_size)]
-        # An adaptive optimiser without history takes steps of full size in random directions.
-        warmup = min(1.0, (self._steps_taken + 1) / (self._job.training.warmup_steps + 1))
-        for group in self._optimiser.param_groups:
-            group["lr"] = warmup * learning_rate(self._job, step)
         self._optimiser.zero_grad()
         total = 0.0
-        for batch in collate(items, self._encoder):
-            share = len(batch.target) / len(items)
-            loss = self._loss(batch.to(self._device)) * share
+        for group in by_shape(items):
+            loss = self._loss(group).sum() / len(items)
             loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             total += float(loss.detach())
         if not math.isfinite(total):
             raise FederationError(f"training loss is {total} at step {step}: lower learning_rate")
         nn.utils.clip_grad_norm_(self._parameters, self._job.training.gradient_clip)
-        self._optimiser.step()
-        self._steps_taken += 1
+        self._optimiser.step(step)
         return total
 
     def _draw(self, generator: np.random.Generator) -> Undersampled:
-        spec = self._job.sampling
-        sampling = Sampling(
-            pattern=spec.patterns[generator.integers(len(spec.patterns))],
-            acceleration=spec.accelerations[generator.integers(len(spec.accelerations))],
-            acs_lines=spec.acs_lines,
-        )
-        image = self._sampler.draw(generator)
-        return undersample(image, sampling, seed=int(generator.integers(2**31)))
+        patients = self._cohort.patients
+        patient = patients[generator.integers(len(patients))]
+        (image,) = self._cohort.draw(patient, 1, generator)
+        return draw_sampling(image, self._job, generator)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        output = self._model(
-            batch.measured, batch.mask, batch.acs, batch.metadata_text, batch.sampling_text
-        )
-        return LOSSES[self._job.training.loss](output.image, batch.target)
+
+def draw_sampling(image: Image, job: JobSpec, generator: np.random.Generator) -> Undersampled:
+    """Undersample ``image`` with a pattern, acceleration factor and mask drawn from the job's."""
+    spec = job.sampling
+    sampling = Sampling(
+        pattern=spec.patterns[generator.integers(len(spec.patterns))],
+        acceleration=spec.accelerations[generator.integers(len(spec.accelerations))],
+        acs_lines=spec.acs_lines,
+    )
+    return undersample(image, sampling, seed=int(generator.integers(2**31)))
 
 
 def learning_rate(job: JobSpec, step: int) -> float:
@@ -151,12 +202,12 @@ def learning_rate(job: JobSpec, step: int) -> float:
 
 
 def l1_loss(image: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error of [B, y, x] magnitudes in units of the target's 99.5 percentile."""
-    return ((image - target).abs() / _scale(target)).mean()
+    """Mean absolute error [B] of [B, y, x] magnitudes in units of the target's 99.5 percentile."""
+    return ((image - target).abs() / _scale(target)).mean((-2, -1))
 
 
 def ssim_loss(image: Tensor, target: Tensor) -> Tensor:
-    """1 - SSIM of [B, y, x] magnitudes, uniform 7×7 window (Wang et al., 10.1109/TIP.2003.819861).
+    """1 - SSIM [B] of [B, y, x] magnitudes, uniform 7×7 window (Wang et al., 10.1109/TIP.2003.819861).
 
     The data range is the maximum of each target image.
     """
@@ -171,7 +222,7 @@ def ssim_loss(image: Tensor, target: Tensor) -> Tensor:
     covariance = unbiased * (_window_mean(image * target) - mean_x * mean_y)
     luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
-    return 1 - (luminance * structure).mean()
+    return 1 - (luminance * structure).mean((-2, -1))
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1_loss, "ssim": ssim_loss}

@@ -26,7 +26,9 @@ from fedcmr_shared.federation.messages import (
 )
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
+from fedcmr_shared.privacy.parts import trainable_names
 from fedcmr_shared.schemas.job import JobSpec
+from fedcmr_shared.schemas.refusals import REFUSAL_CODES
 
 _log = logging.getLogger("fedcmr.server")
 
@@ -50,14 +52,15 @@ def run_job(link: SiteLink, folder: RunFolder) -> Checkpoint:
     """
     job = folder.job
     checkpoint = folder.latest() or _start(folder, job)
-    trainable = _trainable_names(job)
+    trainable = trainable_names(job.model, build_model(job.model), job.training.part)
     optimiser = ServerOptimiser(
         job.server_optimiser, {name: checkpoint.state[name] for name in trainable}
     )
     optimiser.restore(checkpoint.optimiser)
     for number in range(checkpoint.round + 1, job.rounds + 1):
         checkpoint = _run_round(link, folder, Task(job, number, checkpoint.state), optimiser)
-        _evaluate(link, folder, Task(job, number, checkpoint.state))
+        if number in job.evaluated_rounds():
+            _evaluate(link, folder, Task(job, number, checkpoint.state))
     return checkpoint
 
 
@@ -65,11 +68,6 @@ def _start(folder: RunFolder, job: JobSpec) -> Checkpoint:
     start = Checkpoint(round=0, state=initial_state(job), optimiser={})
     folder.commit(start)
     return start
-
-
-def _trainable_names(job: JobSpec) -> list[str]:
-    model = build_model(job.model)
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _run_round(
@@ -83,13 +81,13 @@ def _run_round(
     state = {**task.state, **{name: p.clone() for name, p in optimiser.parameters.items()}}
     checkpoint = Checkpoint(task.round, state, optimiser.state())
     folder.commit(checkpoint)
-    losses = {site: update.loss for site, update in answers.by_site.items()}
+    losses = {s: update.loss for s, update in answers.by_site.items() if update.loss is not None}
     folder.record(
         "round",
         round=task.round,
-        sites=len(losses),
+        sites=len(answers.by_site),
         seconds=time.monotonic() - started,
-        train_loss=_weighted(losses, weights),
+        train_loss=_weighted(losses, weights) if losses else None,
         update_norm=math.sqrt(sum(float((delta**2).sum()) for delta in mean.values())),
         bytes_up=answers.bytes_up,
         bytes_down=answers.bytes_down,
@@ -130,11 +128,13 @@ def _ask(link: SiteLink, action: Action, task: Task, kind: type[Answer]) -> _Ans
     replies = link.exchange(action, content, sites, task.job.round_timeout_s)
     base = state_sha256(task.state)
     by_site: dict[str, Answer] = {}
+    refusals: list[str] = []
     bytes_up = 0
     for node in sorted(replies):
         answer = unpack_answer(replies[node])
         if isinstance(answer, Refusal):
-            _log.warning("site %s refused round %d: %s", answer.site, task.round, answer.code)
+            refusals.append(f"{answer.site} ({answer.code}: {REFUSAL_CODES[answer.code]})")
+            _log.warning("round %d refused by %s", task.round, refusals[-1])
             continue
         if not isinstance(answer, kind):
             raise FederationError(f"site {answer.site} sent another answer than `{action}` asks")
@@ -147,7 +147,7 @@ def _ask(link: SiteLink, action: Action, task: Task, kind: type[Answer]) -> _Ans
     if len(by_site) < max(task.job.minimum_sites, 1):
         raise FederationError(
             f"round {task.round}: {len(by_site)} of at least {task.job.minimum_sites} sites "
-            f"answered `{action}`; see the sites' logs"
+            f"answered `{action}`; refused by {', '.join(refusals) or 'none'}; see the sites' logs"
         )
     return _Answers(by_site, bytes_up, content_bytes(content) * len(sites))
 

@@ -44,8 +44,10 @@ class RunFolder:
         self.root = root
 
     @classmethod
-    def create(cls, root: Path, job: JobSpec) -> RunFolder:
-        """Make the folder of a new run.
+    def create(
+        cls, root: Path, job: JobSpec, start: Mapping[str, Tensor] | None = None
+    ) -> RunFolder:
+        """Make the folder of a new run; the job starts from ``start``, or from its seed.
 
         Raises:
             ConfigurationError: the folder exists and is not empty.
@@ -54,7 +56,10 @@ class RunFolder:
             raise ConfigurationError(f"run folder {root} is not empty: choose another with --out")
         (root / "checkpoints").mkdir(parents=True)
         (root / "job.json").write_text(job.model_dump_json(indent=2) + "\n")
-        return cls(root)
+        folder = cls(root)
+        if start is not None:
+            folder.commit(Checkpoint(round=0, state=start, optimiser={}))
+        return folder
 
     @property
     def job(self) -> JobSpec:

@@ -7,10 +7,19 @@
     ├── DataError          a file, scan or store is wrong
     │   └── AlreadyImported   the store holds these samples already
     ├── ModelError         a model, bundle or text encoder is wrong
-    └── FederationError    a run, round or message is wrong
+    ├── FederationError    a run, round or message is wrong
+    ├── LedgerError        a ledger, checkpoint, proof or evidence cannot be trusted
+    └── JobRefused         a site's policy or budget does not allow a job; carries a public code
 
 Each message names the file, field or setting and says what to do about it.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedcmr_shared.schemas.refusals import RefusalCode
 
 
 class FedcmrError(Exception):
@@ -35,3 +44,20 @@ class ModelError(FedcmrError):
 
 class FederationError(FedcmrError):
     """A run, round or message cannot be used."""
+
+
+class LedgerError(FedcmrError):
+    """A privacy ledger, checkpoint, proof or evidence bundle cannot be trusted or used."""
+
+
+class JobRefused(FedcmrError):
+    """A site does not take part in a job.
+
+    ``code`` is public and all that the coordinator learns; ``rule`` names what the job broke and,
+    like the message, stays at the site.
+    """
+
+    def __init__(self, code: RefusalCode, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.rule = rule

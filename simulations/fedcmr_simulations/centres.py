@@ -18,16 +18,19 @@ import numpy as np
 from fedcmr_client.store.site_store import SiteStore
 from fedcmr_client.store.split import SPLITS, SplitFractions
 from fedcmr_shared.errors import ConfigurationError, DataError
+from fedcmr_simulations.balanced_split import balanced_secret
 from fedcmr_simulations.phantom.acquisition import Grid
 from fedcmr_simulations.phantom.coils import CoilArray
 from fedcmr_simulations.phantom.patient import Patient, draw_patient
 from fedcmr_simulations.phantom.protocol import DETAILS, Detail, Modality, protocol
 from fedcmr_simulations.phantom.scan import Scan, Scanner
-from fedcmr_simulations.sites import balanced_secret
 
 SPLIT: Final = SplitFractions(train=0.4, validation=0.2, test=0.4)
 """Much to evaluate and little to train on, as at a hospital that needs others."""
 _STANDARD_SLICES: Final = 8
+# Matrix and coils relative to those of detail `quick`.
+_ENLARGEMENT: Final = {"small": (2 / 3, 0.5), "standard": (1.8, 1.5)}
+_FEWEST_COILS: Final = 4
 _Word = TypeVar("_Word", bound=str)
 
 
@@ -36,7 +39,8 @@ class Centre:
     """One virtual hospital. ``modalities`` and ``diseases`` map words to probabilities.
 
     ``matrix`` (phase, readout) and ``coils`` are those of detail `quick`; `standard` has about
-    1.8 times the matrix and 1.5 times the coils. ``external`` centres are held out of training.
+    1.8 times the matrix and 1.5 times the coils, `small` two thirds of the matrix and half of the
+    coils. ``external`` centres are held out of training.
 
     Raises:
         ConfigurationError: probabilities do not add up to 1.
@@ -68,11 +72,14 @@ class Centre:
     def equipment(self, detail: Detail) -> Scanner:
         """Scanner settings at a level of detail."""
         array, phase, readout, spacing = self.array, *self.matrix, self.spacing_mm
-        if detail == "standard":
-            array = replace(array, coils=round(1.5 * array.coils), front=round(1.5 * array.front))
-            fine = (8 * round(phase * 0.225), 8 * round(readout * 0.225))
-            spacing = (spacing[0] * phase / fine[0], spacing[1] * readout / fine[1])
-            phase, readout = fine
+        if detail != "quick":
+            pixels, loops = _ENLARGEMENT[detail]
+            coils = max(round(loops * array.coils), _FEWEST_COILS)
+            array = replace(array, coils=coils, front=round(loops * array.front))
+            # The field of view stays.
+            other = (8 * round(phase * pixels / 8), 8 * round(readout * pixels / 8))
+            spacing = (spacing[0] * phase / other[0], spacing[1] * readout / other[1])
+            phase, readout = other
         return Scanner(
             name=self.name,
             vendor=self.vendor,
@@ -183,6 +190,53 @@ CENTRES: Final[tuple[Centre, ...]] = (
     ),
 )
 """All virtual hospitals; SNR grows roughly with the field."""
+PRETRAINING_CENTRES: Final[tuple[Centre, ...]] = (
+    Centre(
+        name="hazel",
+        vendor="Hitachi",
+        scanner="Oasis",
+        field_strength_t=1.2,
+        array=CoilArray(coils=8, front=4, radius=64, gap=36, front_arc=1.0, back_arc=0.9),
+        matrix=(96, 104),
+        spacing_mm=(2.7, 2.65),
+        readout_oversampling=1.0,
+        modalities=MappingProxyType({"black blood": 0.3, "T1rho mapping": 0.4, "T1 weighted": 0.3}),
+        diseases=MappingProxyType({"NC": 0.4, "MI": 0.3, "HHD": 0.3}),
+        snr=28.0,
+        noise_correlation=0.25,
+    ),
+    Centre(
+        name="juniper",
+        vendor="Elscint",
+        scanner="Prestige",
+        field_strength_t=2.0,
+        array=CoilArray(coils=10, front=6, radius=54, gap=32, front_arc=1.25, back_arc=0.8),
+        matrix=(96, 96),
+        spacing_mm=(2.5, 2.8),
+        readout_oversampling=2.0,
+        modalities=MappingProxyType({"T2 weighted": 0.3, "T1rho mapping": 0.4, "black blood": 0.3}),
+        diseases=MappingProxyType({"NC": 0.3, "DCM": 0.4, "PAH": 0.3}),
+        snr=42.0,
+        noise_correlation=0.4,
+    ),
+    Centre(
+        name="larch",
+        vendor="Bruker",
+        scanner="MedSpec",
+        field_strength_t=4.0,
+        array=CoilArray(coils=8, front=5, radius=60, gap=30, front_arc=1.3, back_arc=0.7),
+        matrix=(104, 96),
+        spacing_mm=(2.45, 2.65),
+        readout_oversampling=1.0,
+        modalities=MappingProxyType(
+            {"T1 weighted": 0.35, "T1rho mapping": 0.35, "T2 weighted": 0.3}
+        ),
+        diseases=MappingProxyType({"NC": 0.4, "HCM": 0.4, "MI": 0.2}),
+        snr=64.0,
+        noise_correlation=0.35,
+    ),
+)
+"""Research centres for starting weights: their vendors, fields and contrasts occur in no hospital."""
 TRAINING_CENTRES: Final = tuple(centre for centre in CENTRES if not centre.external)
 EXTERNAL_CENTRES: Final = tuple(centre for centre in CENTRES if centre.external)
 
@@ -210,16 +264,22 @@ def simulate_centres(
         raise ConfigurationError(f"sites must be at least 1, not {n_sites}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} exists and is not an empty folder: choose another one")
-    base = EXTERNAL_CENTRES if external else TRAINING_CENTRES
     folders = []
     for index in range(n_sites):
-        centre = base[index % len(base)]
-        if index >= len(base):
-            centre = replace(centre, name=f"{centre.name}-{index // len(base) + 1}")
+        centre = nth_centre(index, external=external)
         folder = out / centre.name
         simulate_centre(folder, centre, n_patients, seed, detail, on_patient).close()
         folders.append(folder)
     return folders
+
+
+def nth_centre(index: int, *, external: bool = False) -> Centre:
+    """Return the hospital of a number; those beyond the named ones reuse equipment (alder-2, ...)."""
+    base = EXTERNAL_CENTRES if external else TRAINING_CENTRES
+    centre = base[index % len(base)]
+    if index < len(base):
+        return centre
+    return replace(centre, name=f"{centre.name}-{index // len(base) + 1}")
 
 
 def simulate_centre(
@@ -229,24 +289,26 @@ def simulate_centre(
     seed: int,
     detail: Detail = "quick",
     on_patient: Callable[[str], None] | None = None,
+    split: SplitFractions = SPLIT,
 ) -> SiteStore:
     """Make the store of one virtual hospital in ``root`` and fill it; the caller closes it.
 
-    The same seed gives the same samples, pseudonyms and split.
+    The same arguments give the same samples, pseudonyms and split; another ``split`` changes no
+    sample.
 
     Raises:
         ConfigurationError: an unknown detail, or fewer than 3 patients (one for each part).
         DataError: ``root`` holds a store already or cannot be written.
     """
     if detail not in DETAILS:
-        raise ConfigurationError(f"detail {detail!r} is unknown; use {' or '.join(DETAILS)}")
+        raise ConfigurationError(f"detail {detail!r} is unknown; use {', '.join(DETAILS)}")
     if n_patients < len(SPLITS):
         raise ConfigurationError(
             f"patients must be at least {len(SPLITS)} (one per part of the split), not {n_patients}"
         )
     names = [f"simulated-{centre.name}-{index:04d}" for index in range(1, n_patients + 1)]
-    store = SiteStore.create(root, secret=balanced_secret(f"{centre.name} {seed}", names, SPLIT))
-    store.set_split(SPLIT)
+    store = SiteStore.create(root, secret=balanced_secret(f"{centre.name} {seed}", names, split))
+    store.set_split(split)
     scanner = centre.equipment(detail)
     for index, name in enumerate(names):
         root_seed = (seed, _number(centre.name), index)
@@ -262,21 +324,18 @@ def _draw_scans(
 ) -> list[Scan]:
     rng = np.random.default_rng(seed)
     patient = draw_patient(name, _draw(centre.diseases, rng), rng)
-    # Quick: one sequence for most patients, two for the others.
+    # Quick: one sequence for most patients, two for the others. Small: one frame of one sequence.
     chosen = [_draw(centre.modalities, rng)]
     others = [modality for modality in centre.modalities if modality not in chosen]
-    if others and (detail == "standard" or rng.random() < 0.3):
+    if others and detail != "small" and (detail == "standard" or rng.random() < 0.3):
         chosen.append(others[int(rng.integers(len(others)))])
     heights = _slice_heights(patient, scanner, detail, rng)
+    sequences = [protocol(modality, detail, centre.field_strength_t) for modality in chosen]
+    if detail == "small":
+        sequences = [sequence.only(int(rng.integers(sequence.frames))) for sequence in sequences]
     return [
-        Scan(
-            patient,
-            scanner,
-            protocol(modality, detail, centre.field_strength_t),
-            heights,
-            (*seed, _number(modality)),
-        )
-        for modality in chosen
+        Scan(patient, scanner, sequence, heights, (*seed, _number(sequence.modality)))
+        for sequence in sequences
     ]
 
 
@@ -285,6 +344,8 @@ def _slice_heights(
 ) -> tuple[float, ...]:
     """Slice centres in mm over the apex, base first."""
     base = patient.heart.at(0).base
+    if detail == "small":
+        return (float(rng.uniform(0.3, 0.85) * base),)
     if detail == "quick":
         return (float(rng.uniform(0.5, 0.85) * base), float(rng.uniform(0.3, 0.5) * base))
     # As many slices as needed to reach the apex, at least eight; the first one just below the base.

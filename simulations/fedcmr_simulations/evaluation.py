@@ -37,7 +37,8 @@ Magnitude = NDArray[np.float32]
 Method = Callable[[Undersampled], Magnitude]
 """Reconstructs an image from its measured samples, mask, calibration region and texts."""
 
-METHODS: Final = ("zero_filled", "sense", "local", "federated")
+METHODS: Final = ("zero_filled", "sense", "start", "local", "federated")
+"""`start` has rows only where a run began with pretrained weights."""
 METRICS: Final = ("psnr", "ssim", "nmse")
 
 

@@ -34,9 +34,11 @@ STOP_PATIENCE_S = 20.0
 
 @contextmanager
 def flower_process(
-    run_folder: Path, stores: list[Path], workers: int
+    run_folder: Path, places: list[Path], workers: int
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start the engine for the job in ``run_folder``; on leaving, it and its children are gone.
+
+    ``places`` are those of `SimulatedSites`, one per virtual node.
 
     What Flower and Ray print goes to ``flower.log`` in the run folder.
     """
@@ -45,7 +47,7 @@ def flower_process(
         (run_folder / "flower.log").open("ab") as log,
     ):
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(run_folder), str(workers), *map(str, stores)],
+            [sys.executable, "-m", __name__, str(run_folder), str(workers), *map(str, places)],
             env={**os.environ, **_QUIET, "FLWR_HOME": home, "RAY_TMPDIR": home},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -77,8 +79,8 @@ def _exit_on_terminate(_signal: int, _frame: FrameType | None) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def main(run_folder: Path, workers: int, stores: list[Path]) -> int:
-    """Run the job in ``run_folder`` with one virtual node per store; return the exit code."""
+def main(run_folder: Path, workers: int, places: list[Path]) -> int:
+    """Run the job in ``run_folder`` with one virtual node per place; return the exit code."""
     from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
     from flwr.simulation import run_simulation
 
@@ -97,17 +99,25 @@ def main(run_folder: Path, workers: int, stores: list[Path]) -> int:
     try:
         run_simulation(
             create_server_app(lambda _context: folder),
-            create_client_app(SimulatedSites(tuple(stores))),
-            num_supernodes=len(stores),
+            create_client_app(SimulatedSites(tuple(places))),
+            num_supernodes=len(places),
             backend_config=backend,
         )
     except FedcmrError as error:
         folder.record("failed", message=str(error))
+        return 1
+    except RuntimeError as error:  # Ray did not start, or died
+        log = folder.root / "flower.log"
+        folder.record("failed", message=f"Flower's engine stopped: {error} See {log}")
         return 1
     return 0
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", DeprecationWarning)
-    run, workers_, *stores_ = sys.argv[1:]
-    sys.exit(main(Path(run), int(workers_), [Path(store) for store in stores_]))
+    run, workers_, *places_ = sys.argv[1:]
+    code = main(Path(run), int(workers_), [Path(place) for place in places_])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # After a failed start, threads of Flower and Ray would keep the process for ever.
+    os._exit(code)

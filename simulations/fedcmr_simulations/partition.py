@@ -11,7 +11,7 @@ from fedcmr_client.store.scan_file import ScanFile, ScanSource
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.store.split import SPLITS, SplitFractions
 from fedcmr_shared.errors import DataError
-from fedcmr_simulations.sites import balanced_secret
+from fedcmr_simulations.balanced_split import balanced_secret
 
 FRACTIONS = SplitFractions(train=0.6, validation=0.15, test=0.25)
 """Shares that leave something to evaluate in a small virtual site."""
@@ -46,10 +46,11 @@ def partition(
         secret = balanced_secret(f"{root.name} {seed}", own, FRACTIONS)
         with SiteStore.create(root, secret=secret) as site:
             site.set_split(FRACTIONS)
-            for patient in own:
+            for done, patient in enumerate(own, start=1):
                 for record in by_patient[patient]:
                     _copy(record, site)
-                on_patient(f"{root.name}: {patient}")
+                # No pseudonym: what is printed ends up in logs.
+                on_patient(f"{root.name} {done}/{len(own)}")
     return roots
 
 

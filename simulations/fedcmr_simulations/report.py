@@ -7,6 +7,7 @@ are missing says so. The Content-Security-Policy of the page forbids every load 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ from fedcmr_simulations.figures import (
 METHOD_NAMES: Final = {
     "zero_filled": "zero-filled",
     "sense": "CG-SENSE",
+    "start": "starting weights",
     "local": "local only",
     "federated": "federated",
 }
@@ -93,7 +95,10 @@ def write_report(run_folder: Path) -> Path:
         charts=_charts(events),
         rounds=[event for event in events if event["event"] == "round"],
         examples=[_figure(example) for example in load_examples(run_folder / "examples")],
-        methods=METHODS,
+        methods=_methods(summary),
+        privacy=summary.get("privacy"),
+        unprotected=summary.get("private") is False,
+        privacy_statement=privacy_text(summary) if summary.get("privacy") else None,
         method_names=METHOD_NAMES,
         metrics=METRICS,
         metric_names=METRIC_NAMES,
@@ -108,28 +113,68 @@ def write_report(run_folder: Path) -> Path:
 def summary_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the headline table: PSNR (dB) per site, then the mean over sites if there are several.
 
-    Columns: site, patients, the four methods, and what the federated model gains over CG-SENSE and
-    over local training. A cell whose value is unknown is None.
+    Columns: site, patients, the methods, what the federated model gains over CG-SENSE, over local
+    training and over the starting weights if these were pretrained, and the certified epsilon of
+    a training patient if training was private. A cell whose value is unknown is None.
     """
-    rows = [_headline(entry) for entry in summary.get("sites", [])]
+    methods, privacy = _methods(summary), summary.get("privacy")
+    rows = [_headline(entry, methods) for entry in summary.get("sites", [])]
+    if privacy:
+        for row in rows:
+            trained = privacy["sites"].get(row["site"], {}).get("train", {})
+            row["epsilon"] = trained.get("epsilon")
     if len(rows) > 1:
         mean: dict[str, Any] = {"site": "mean of sites", "patients": _total(rows, "patients")}
         for column in list(rows[0])[2:]:
-            mean[column] = _mean([row[column] for row in rows])
+            # Sites' patients are different people: the worst figure counts, not the mean.
+            combine = _largest if column == "epsilon" else _mean
+            mean[column] = combine([row[column] for row in rows])
         rows.append(mean)
     return rows
 
 
-def _headline(entry: Mapping[str, Any]) -> dict[str, Any]:
-    values = {METHOD_NAMES[name]: entry.get(f"psnr_{name}") for name in METHODS}
+def _headline(entry: Mapping[str, Any], methods: Iterable[str]) -> dict[str, Any]:
+    values = {METHOD_NAMES[name]: entry.get(f"psnr_{name}") for name in methods}
     federated = values["federated"]
-    return {
+    row = {
         "site": entry["name"],
         "patients": entry.get("patients"),
         **values,
         "gain over CG-SENSE": _difference(federated, values["CG-SENSE"]),
         "gain over local": _difference(federated, values["local only"]),
     }
+    if METHOD_NAMES["start"] in values:
+        row["gain over start"] = _difference(federated, values[METHOD_NAMES["start"]])
+    return row
+
+
+def _methods(summary: Mapping[str, Any]) -> list[str]:
+    """Return the methods to show: starting weights only where a run had pretrained ones."""
+    pretrained = summary.get("start") is not None
+    return [name for name in METHODS if pretrained or name != "start"]
+
+
+def privacy_text(summary: Mapping[str, Any]) -> str:
+    """Say in one sentence what a patient of the run may have lost, at most."""
+    privacy = summary["privacy"]
+    trained = [site["train"] for site in privacy["sites"].values()]
+    scored = [site["evaluate"] for site in privacy["sites"].values()]
+    budget = privacy["budget"]
+    text = (
+        f"Privacy: epsilon {_bound(max(site['epsilon'] for site in trained))} for the worst "
+        f"trained patient at delta {budget['delta']:g} (certified by the ledger's filter; "
+        f"{_bound(max(site['epsilon_if_fixed'] for site in trained))} by PLD, had all jobs been fixed "
+        f"in advance), of {budget['epsilon']:g} allowed; unit patient, relation "
+        f"{privacy['relation']}; noise multiplier {privacy['noise_multiplier']:g}, sampling rate "
+        f"{privacy['sampling_rate']:g}, {privacy['steps']} steps, "
+        f"{summary['model']['trainable']:,} trained parameters."
+    )
+    if privacy["evaluation"]["rounds"] == "none":
+        return text
+    if privacy["evaluation"]["noise_multiplier"] is None:
+        return text + " Scores of held-out patients left WITHOUT noise: they have no epsilon."
+    worst = max(site["epsilon"] for site in scored)
+    return text + f" Scoring cost the held-out patients epsilon {_bound(worst)}."
 
 
 def _statement(summary: Mapping[str, Any]) -> str | None:
@@ -144,6 +189,7 @@ def _statement(summary: Mapping[str, Any]) -> str | None:
         ("zero-filled", _difference(mean["federated"], mean["zero-filled"])),
         ("CG-SENSE", mean["gain over CG-SENSE"]),
         ("local only", mean["gain over local"]),
+        ("starting weights", mean.get("gain over start")),
     ):
         if gain is not None:
             side = "above" if gain >= 0 else "below"
@@ -155,7 +201,8 @@ def _statement(summary: Mapping[str, Any]) -> str | None:
 _PHRASES: Final = {
     "zero-filled": "zero filling",
     "CG-SENSE": "tuned CG-SENSE",
-    "local only": "training at one site alone",
+    "local only": "training at one site alone without privacy",
+    "starting weights": "the starting weights",
 }
 
 
@@ -174,7 +221,7 @@ def _overview(summary: Mapping[str, Any]) -> DotChart | None:
 def _charts(events: Iterable[Mapping[str, Any]]) -> list[Chart]:
     """Return training loss, PSNR, SSIM and NMSE over rounds, as far as they were recorded."""
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {
-        key: {} for key in ("loss", *METRICS)
+        key: {} for key in ("loss", *METRICS, "epsilon")
     }
     for event in events:
         kind, number = event["event"], event.get("round", 0)
@@ -183,9 +230,11 @@ def _charts(events: Iterable[Mapping[str, Any]]) -> list[Chart]:
         elif kind == "site_loss":
             curves["loss"].setdefault(event["site"], []).append((number, event["loss"]))
         elif kind in ("site_evaluation", "evaluation"):
-            for metric in METRICS:
+            for metric in (name for name in METRICS if name in event):
                 name = event["site"] if kind == "site_evaluation" else ALL_SITES
                 curves[metric].setdefault(name, []).append((number, event[metric]))
+        elif kind == "site_privacy":
+            curves["epsilon"].setdefault(event["site"], []).append((number, event["epsilon"]))
     names = {name for lines in curves.values() for name in lines}
     styles = [ALL_SITES, *sorted(names - {ALL_SITES})]
     titles = {
@@ -193,6 +242,7 @@ def _charts(events: Iterable[Mapping[str, Any]]) -> list[Chart]:
         "psnr": ("Validation PSNR", "dB"),
         "ssim": ("Validation SSIM", ""),
         "nmse": ("Validation NMSE", ""),
+        "epsilon": ("Certified epsilon of a trained patient", ""),
     }
     return [
         line_chart(*titles[key], {name: sorted(lines[name]) for name in sorted(lines)}, styles)
@@ -285,6 +335,11 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if len(known) == len(values) else None
 
 
+def _largest(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return max(known) if known and len(known) == len(values) else None
+
+
 def _total(rows: Iterable[Mapping[str, Any]], column: str) -> int | None:
     values = [row[column] for row in rows]
     return None if None in values else sum(values)
@@ -295,6 +350,11 @@ def _number(value: float | None, decimals: int = 2, signed: bool = False) -> str
         return "–"
     text = f"{value:+.{decimals}f}" if signed else f"{value:.{decimals}f}"
     return text.replace("-", "−")  # a true minus sign lines up with the plus sign
+
+
+def _bound(value: float | None) -> str:
+    """Return two decimals, rounded up as an upper bound must be."""
+    return "–" if value is None else f"{math.ceil(value * 100 - 1e-9) / 100:.2f}"
 
 
 def _metric(value: float | None, metric: str) -> str:
@@ -329,5 +389,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, metric=_metric, filesize=_bytes, duration=_duration)
+    environment.filters.update(
+        bound=_bound, number=_number, metric=_metric, filesize=_bytes, duration=_duration
+    )
     return environment.get_template("report.html.j2")

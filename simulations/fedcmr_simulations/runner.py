@@ -1,6 +1,7 @@
 """A simulated federation from data to report, in stages that an interrupt may end at any point.
 
-1. data: the sites folder that was given, or phantom patients
+1. data: the sites folder that was given, or phantom patients; each site gets a policy and a
+   privacy ledger of its own, made for this run
 2. federation: the job's rounds on Flower's simulation engine
 3. local: each site alone, from the same weights and for the same number of steps
 4. evaluation: all methods on each site's test patients; the model of every round on its
@@ -24,17 +25,27 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fedcmr_server.run_folder import RunFolder
-from fedcmr_shared.errors import FederationError
-from fedcmr_shared.models.registry import parameter_counts
-from fedcmr_simulations.centres import simulate_centres
+from fedcmr_shared.errors import ConfigurationError, FederationError
+from fedcmr_shared.schemas.job import JobSpec
+from fedcmr_simulations.centres import nth_centre
 from fedcmr_simulations.config import SimulationConfig
 from fedcmr_simulations.evaluation import EvaluationRow, append_rows, site_summary
 from fedcmr_simulations.flower_engine import flower_process
+from fedcmr_simulations.private_sites import open_site, read_account
 from fedcmr_simulations.progress import Progress
 from fedcmr_simulations.provenance import environment
 from fedcmr_simulations.report import write_report
-from fedcmr_simulations.site_work import SiteTask, evaluate_site, follow_rounds, train_alone
+from fedcmr_simulations.site_work import (
+    PhantomSite,
+    SiteTask,
+    evaluate_site,
+    follow_rounds,
+    simulate_site,
+    train_alone,
+    without_privacy,
+)
 from fedcmr_simulations.sites import choose_sites, data_origin
+from fedcmr_simulations.starting import starting_state, trained_counts
 from fedcmr_simulations.workers import each_in_pool
 
 Status = Literal["running", "finished", "interrupted", "failed"]
@@ -43,13 +54,34 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class SimulationRequest:
-    """What to simulate: ``data`` is a sites folder, or None for phantom patients."""
+    """What to simulate: ``data`` is a sites folder, or None for phantom patients.
+
+    ``private`` false trains without privacy, whatever the configuration says.
+    """
 
     config: SimulationConfig
     sites: int
     out: Path
     data: Path | None = None
     workers: int = 2
+    private: bool = True
+
+    @property
+    def job(self) -> JobSpec:
+        """The job to run.
+
+        Raises:
+            ConfigurationError: the configuration declares no privacy, yet the run is to be private.
+        """
+        job = self.config.job
+        if not self.private:
+            return without_privacy(job, "")
+        if job.privacy is None:
+            raise ConfigurationError(
+                f"job {job.name} declares no privacy: give job.privacy, or simulate without with "
+                "--no-privacy"
+            )
+        return job
 
 
 @dataclass
@@ -74,10 +106,10 @@ def simulate(request: SimulationRequest, progress: Progress) -> dict[str, Any]:
         FedcmrError: a stage failed. The folder then holds what was done before, a summary with
             status ``failed`` and the report of it; likewise ``interrupted`` after Ctrl-C.
     """
-    job = request.config.job
+    job = request.job
     # Wrong data is refused before anything is written.
     stores = _given_sites(request)
-    folder = RunFolder.create(request.out, job)
+    folder = RunFolder.create(request.out, job, starting_state(request.config.start, job))
     summary = Summary(folder.root / "summary.json")
     started = time.monotonic()
     with _always_readable(summary, folder, started):
@@ -87,8 +119,10 @@ def simulate(request: SimulationRequest, progress: Progress) -> dict[str, Any]:
             json.dumps(environment(job.seed, data_origin(stores)), indent=2) + "\n"
         )
         summary.update(data_origin=data_origin(stores))
-        _federate(request, folder, stores, progress)
+        places = _open_sites(request, folder, stores)
+        _federate(request, folder, places, progress)
         summary.update(**_federation_figures(folder))
+        summary.update(**_account(request, folder, places))
         _compare(request, folder, stores, summary, progress)
     return summary.values
 
@@ -109,14 +143,16 @@ def _always_readable(summary: Summary, folder: RunFolder, started: float) -> Ite
 
 
 def _opening(request: SimulationRequest) -> dict[str, Any]:
-    model = request.config.job.model
+    job, model = request.job, request.job.model
     headline = request.config.evaluation[0]
     return {
         "status": "running",
-        "name": request.config.job.name,
+        "name": job.name,
         "nominal_af": headline.acceleration,
         "pattern": headline.pattern,
-        "model": {**model.model_dump(), **parameter_counts(model.name, model.size)},
+        "model": {**model.model_dump(), **trained_counts(job)},
+        "start": request.config.start,
+        "private": request.private,
         "sites": [],
     }
 
@@ -124,38 +160,64 @@ def _opening(request: SimulationRequest) -> dict[str, Any]:
 def _given_sites(request: SimulationRequest) -> list[Path]:
     if request.data is None:
         return []
-    return choose_sites(request.data, request.sites, request.config.job.modalities)
+    return choose_sites(request.data, request.sites, request.job.cohort)
 
 
 def _phantom_sites(request: SimulationRequest, progress: Progress) -> list[Path]:
     folder = request.out / "data"
-    phantom = request.config.phantom
-    with progress.stage("simulating patients", request.sites * phantom.patients) as advance:
-        simulate_centres(
-            folder,
-            request.sites,
-            phantom.patients,
-            seed=request.config.job.seed,
-            detail=phantom.detail,
-            on_patient=advance,
-        )
-    return choose_sites(folder, request.sites, request.config.job.modalities)
+    seed = request.job.seed
+    sites = [PhantomSite(folder, n, seed, request.config.phantom) for n in range(request.sites)]
+    with progress.stage("simulating patients", request.sites) as advance:
+        for site, _ in each_in_pool(simulate_site, sites, request.workers):
+            advance(f"{nth_centre(site.number).name}: {site.spec.patients} patients")
+    return choose_sites(folder, request.sites, request.job.cohort)
+
+
+def _open_sites(request: SimulationRequest, folder: RunFolder, stores: list[Path]) -> list[Path]:
+    """Return who answers for each store: a policy file, or the store where nothing is private."""
+    if not request.private:
+        return stores
+    homes = folder.root / "sites"
+    return [
+        open_site(homes / store.name, store, request.job, request.config.budget) for store in stores
+    ]
+
+
+def _account(request: SimulationRequest, folder: RunFolder, places: list[Path]) -> dict[str, Any]:
+    """Read every site's ledger; return what the summary says about privacy."""
+    privacy = request.job.privacy
+    if privacy is None:
+        return {}
+    sites = {}
+    for place in places:
+        account = read_account(place, request.job)
+        for event in account.rounds:
+            folder.record("site_privacy", **event)
+        sites[account.site] = account.totals
+    return {
+        "privacy": {
+            **privacy.model_dump(),
+            "steps": request.job.rounds * request.job.training.local_steps,
+            "budget": request.config.budget.model_dump(),
+            "sites": sites,
+        }
+    }
 
 
 def _federate(
-    request: SimulationRequest, folder: RunFolder, stores: list[Path], progress: Progress
+    request: SimulationRequest, folder: RunFolder, places: list[Path], progress: Progress
 ) -> None:
-    rounds = request.config.job.rounds
+    rounds = request.job.rounds
     with (
         progress.stage("federated rounds", rounds) as advance,
-        flower_process(folder.root, stores, request.workers) as process,
+        flower_process(folder.root, places, request.workers) as process,
     ):
         done = 0
         while process.poll() is None:
             time.sleep(0.2)
             events = [event for event in folder.events() if event["event"] == "round"]
             for event in events[done:]:
-                advance(f"round {event['round']}: loss {event['train_loss']:.4f}")
+                advance(_round_text(event))
             done = len(events)
     failures = [event["message"] for event in folder.events() if event["event"] == "failed"]
     if failures:
@@ -168,6 +230,12 @@ def _federate(
         )
 
 
+def _round_text(event: dict[str, Any]) -> str:
+    loss = event["train_loss"]
+    shown = f"update norm {event['update_norm']:.3g}" if loss is None else f"loss {loss:.4f}"
+    return f"round {event['round']}: {shown}"
+
+
 def _compare(
     request: SimulationRequest,
     folder: RunFolder,
@@ -177,7 +245,8 @@ def _compare(
 ) -> None:
     """Stages 3 and 4: what the federation gained at each site."""
     samplings = tuple(case.sampling() for case in request.config.evaluation)
-    tasks = [SiteTask(folder.root, store, samplings) for store in stores]
+    pretrained = request.config.start is not None
+    tasks = [SiteTask(folder.root, store, samplings, pretrained) for store in stores]
     for _ in _each_site("training each site alone", train_alone, tasks, request, progress):
         pass
     for events in _each_site("following the rounds", follow_rounds, tasks, request, progress):

@@ -16,7 +16,10 @@ from fedcmr_shared.errors import ModelError
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.models.bundle import load_bundle, save_bundle
 from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.text.encoders import CachedTextEncoder, TextEncoder, load_text_encoder
+from fedcmr_simulations.centres import nth_centre, simulate_centre
+from fedcmr_simulations.config import PhantomSpec
 from fedcmr_simulations.evaluation import (
     METRICS,
     EvaluationRow,
@@ -37,11 +40,15 @@ from fedcmr_simulations.examples import (
 
 @dataclass(frozen=True)
 class SiteTask:
-    """One site's part of a simulated run; the first sampling is the headline."""
+    """One site's part of a simulated run; the first sampling is the headline.
+
+    ``pretrained`` says that the run's first weights are worth a comparison of their own.
+    """
 
     run: Path
     store: Path
     samplings: tuple[Sampling, ...]
+    pretrained: bool
 
     @property
     def site(self) -> str:
@@ -56,17 +63,35 @@ class SiteTask:
     def records(self, part: Split) -> list[ScanRecord]:
         """Scans of one part of the site's patients that the job may use."""
         with SiteStore.open(self.store) as store:
-            return store.scans(part, RunFolder(self.run).job.modalities)
+            return store.cohort(part, RunFolder(self.run).job.cohort)
+
+
+@dataclass(frozen=True)
+class PhantomSite:
+    """The virtual patients of the hospital of this number, to be made below ``folder``."""
+
+    folder: Path
+    number: int
+    seed: int
+    spec: PhantomSpec
+
+
+def simulate_site(site: PhantomSite) -> None:
+    """Make the store of one hospital and fill it."""
+    centre = nth_centre(site.number)
+    root, spec = site.folder / centre.name, site.spec
+    store = simulate_centre(root, centre, spec.patients, site.seed, spec.detail, split=spec.split())
+    store.close()
 
 
 def train_alone(task: SiteTask) -> None:
-    """Train on this site only: same start, sampling and number of steps as the federation.
+    """Train on this site only, without privacy: same start, sampling and number of steps.
 
-    The optimiser keeps its state over all steps, which favours this comparator: in the
-    federation each round starts with a fresh one.
+    A step takes as many images as a private one expects to draw. The optimiser keeps its state
+    over all steps, which favours this comparator: in the federation each round starts afresh.
     """
     folder = RunFolder(task.run)
-    job = folder.job
+    job = without_privacy(folder.job, task.site)
     model = _load(folder.bundle_path(0))
     trainer = Trainer(model, job, task.records("train"), _encoder(folder), site=task.site)
     trainer.run(0, job.rounds * job.training.local_steps)
@@ -102,11 +127,23 @@ def evaluate_site(task: SiteTask) -> list[EvaluationRow]:
         "local": NetworkReconstructor(_load(task.local_bundle), encoder),
         "federated": NetworkReconstructor(_load(folder.bundle_path(folder.job.rounds)), encoder),
     }
+    if task.pretrained:
+        methods["start"] = NetworkReconstructor(_load(folder.bundle_path(0)), encoder)
     rows = _rows(task, "test", task.samplings, methods)
     headline = task.samplings[0]
     image = representative_image(representative(rows, headline), task.records("test"))
     save_example(task.run / "examples", make_example(task.site, image, headline, methods, seed))
     return rows
+
+
+def without_privacy(job: JobSpec, site: str) -> JobSpec:
+    """Return ``job`` as one that trains on as many images a step, but exactly."""
+    if job.privacy is None:
+        return job
+    patients = job.privacy.sampling_rate * job.privacy.cohort_size * job.weight(site)
+    images = max(1, round(patients * job.privacy.images_per_patient))
+    training = job.training.model_copy(update={"batch_size": images})
+    return job.model_copy(update={"privacy": None, "training": training})
 
 
 def _rows(

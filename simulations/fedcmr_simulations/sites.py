@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
 from flwr.app import Context
 
-from fedcmr_client.app import Site
-from fedcmr_client.store.pseudonyms import pseudonym
+from fedcmr_client.agent import SiteAgent
+from fedcmr_client.app import SiteWork
+from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import SiteStore
-from fedcmr_client.store.split import SPLITS, SplitFractions, split_of, split_position
+from fedcmr_client.store.split import SPLITS
 from fedcmr_shared.errors import DataError
+from fedcmr_shared.schemas.job import CohortQuery
+from fedcmr_simulations.unprotected import UnprotectedSite
 
 
 def site_folders(folder: Path) -> list[Path]:
@@ -37,7 +36,7 @@ def site_folders(folder: Path) -> list[Path]:
     return stores
 
 
-def choose_sites(folder: Path, sites: int, modalities: tuple[str, ...] | None) -> list[Path]:
+def choose_sites(folder: Path, sites: int, query: CohortQuery) -> list[Path]:
     """Return the first ``sites`` sites of ``folder`` after checking that each can take part.
 
     Raises:
@@ -48,7 +47,7 @@ def choose_sites(folder: Path, sites: int, modalities: tuple[str, ...] | None) -
         raise DataError(f"{folder} holds {len(stores)} sites, not {sites}: lower --sites")
     for store in stores[:sites]:
         with SiteStore.open(store) as site:
-            empty = [part for part in SPLITS if not site.scans(part, modalities)]
+            empty = [part for part in SPLITS if not site.cohort(part, query)]
         if empty:
             raise DataError(
                 f"site {store.name} has no {empty[0]} patient: import more patients or change "
@@ -66,44 +65,20 @@ def data_origin(stores: list[Path]) -> str:
     return " and ".join(sorted(origins))
 
 
-def balanced_secret(label: str, patients: Sequence[str], fractions: SplitFractions) -> bytes:
-    """Return the first secret derived from ``label`` whose split of ``patients`` is balanced.
-
-    Each part then has at least one patient and differs from its expected number by less than one.
-    Only virtual sites may choose their secret so: a hospital's is random.
-
-    Raises:
-        DataError: there are fewer patients than parts.
-    """
-    if len(patients) < len(SPLITS):
-        raise DataError(
-            f"a virtual site needs {len(SPLITS)} patients, one for each part of its split, "
-            f"not {len(patients)}: use fewer sites or more patients"
-        )
-    secrets = (
-        hashlib.sha256(f"fedcmr virtual site {label} {attempt}".encode()).digest()
-        for attempt in count()
-    )
-    return next(secret for secret in secrets if _is_balanced(secret, patients, fractions))
-
-
-def _is_balanced(secret: bytes, patients: Sequence[str], fractions: SplitFractions) -> bool:
-    places = (split_position(secret, pseudonym(secret, patient)) for patient in patients)
-    counts = Counter(split_of(place, fractions) for place in places)
-    return all(
-        counts[part] >= 1 and abs(counts[part] - len(patients) * getattr(fractions, part)) < 1
-        for part in SPLITS
-    )
-
-
 @dataclass(frozen=True)
 class SimulatedSites:
-    """Finds the store of a virtual node by Flower's partition number."""
+    """Finds who answers for a virtual node by Flower's partition number.
 
-    stores: tuple[Path, ...]
+    ``places`` are policy files of sites that train privately, or store folders of those that do
+    not.
+    """
 
-    def __call__(self, context: Context) -> Site:
+    places: tuple[Path, ...]
+
+    def __call__(self, context: Context) -> SiteWork:
         """Return the site of the node in ``context``."""
-        store = self.stores[int(context.node_config["partition-id"])]
+        place = self.places[int(context.node_config["partition-id"])]
+        if place.is_dir():
+            return UnprotectedSite(place)
         # One thread a process: more contend, and sums would depend on their number.
-        return Site(name=store.name, store=store, threads=1)
+        return SiteAgent(SiteHome.open(place), threads=1)

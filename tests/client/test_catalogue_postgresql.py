@@ -1,23 +1,16 @@
 """One contract for the catalogue in SQLite and in a real PostgreSQL server."""
 
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event, get_ident
 
 import numpy as np
-import psycopg
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect, text
+from sqlalchemy import Engine, event, inspect, text
 
 from fedcmr_client.store import catalogue
 from fedcmr_client.store.catalogue import Base
@@ -60,79 +53,6 @@ def scan(patient: str, seed: int, modality: str | None = "cine") -> ScanSource:
     samples = (parts[0] + 1j * parts[1]).astype(np.complex64)
     images = [(frame, 0, samples[frame, 0]) for frame in range(2)]
     return ScanSource(patient, metadata, lambda: iter(images), source=f"{patient}-{seed}.mat")
-
-
-def postgresql_binaries() -> Path:
-    program = shutil.which("pg_config")
-    if program is not None:
-        asked = subprocess.run([program, "--bindir"], capture_output=True, text=True, check=True)
-        if Path(asked.stdout.strip(), "initdb").exists():
-            return Path(asked.stdout.strip())
-    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not installed:
-        pytest.skip("no PostgreSQL server is installed")
-    return installed[-1].parent
-
-
-def server_account() -> str | None:
-    """Account to run the server under; it refuses to run as root."""
-    if os.getuid() != 0:
-        return None
-    try:
-        pwd.getpwnam("postgres")
-    except KeyError:
-        pytest.skip("PostgreSQL cannot run as root and there is no account postgres")
-    return "postgres"
-
-
-@pytest.fixture(scope="module")
-def postgresql() -> Iterator[str]:
-    """Host (socket folder) of a server that lives as long as this module's tests."""
-    binaries, account = postgresql_binaries(), server_account()
-    # Not tmp_path: a socket's path must be short, and the server's account must reach it.
-    with tempfile.TemporaryDirectory(prefix="pg") as name:
-        folder = Path(name)
-        if account is not None:
-            shutil.chown(folder, account)
-
-        def run(program: str, *arguments: str) -> None:
-            subprocess.run(
-                [binaries / program, "-D", folder / "data", *arguments],
-                user=account,
-                group=account,
-                extra_groups=None if account is None else [],
-                cwd=folder,
-                check=True,
-                stdout=subprocess.DEVNULL,
-            )
-
-        run("initdb", "--no-sync", "--auth=trust", "--username=fedcmr", "--encoding=UTF8")
-        options = f"-k {folder} -c listen_addresses='' -c fsync=off"
-        run("pg_ctl", "start", "--wait", "--silent", "-l", f"{folder}/log", "-o", options)
-        try:
-            yield str(folder)
-        finally:
-            run("pg_ctl", "stop", "--mode=immediate", "--silent")
-
-
-def create_database(host: str) -> str:
-    name = f"site_{uuid.uuid4().hex}"
-    with psycopg.connect(host=host, user="fedcmr", dbname="postgres", autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name}".encode())
-    return name
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> NewDatabase:
-    """Return a function that gives the URL of a fresh, empty database."""
-
-    def sqlite() -> str:
-        return f"sqlite:///{tmp_path}/{uuid.uuid4().hex}.sqlite"
-
-    if request.param == "sqlite":
-        return sqlite
-    host: str = request.getfixturevalue("postgresql")
-    return lambda: f"postgresql+psycopg://fedcmr@/{create_database(host)}?host={host}"
 
 
 @pytest.fixture
@@ -267,6 +187,58 @@ def test_migrations_can_be_undone(store: SiteStore, url: str) -> None:
     assert {"site", "patients", "scans"} < set(inspect(engine).get_table_names())
 
 
+def test_a_catalogue_of_the_first_release_is_updated(store: SiteStore, url: str) -> None:
+    kept = store.add(scan("ann", 1))
+    engine = catalogue.connect(catalogue.parse_url(url))
+    config = catalogue.migration_config()
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+    columns = {column["name"] for column in inspect(engine).get_columns("patients")}
+    assert columns == {"pseudonym"}
+    with SiteStore.open(store.root) as again:
+        assert again.scans() == [kept]
+        assert again.scans()[0].consent is None
+        again.set_consent(again.patients(), given=True)
+        assert again.scans()[0].consent is True
+        assert again.withdraw(kept.patient) == 1
+        assert again.verify() == []
+
+
+def test_a_withdrawal_waits_for_an_import_and_erases_it(store: SiteStore, url: str) -> None:
+    store.add(scan("ann", 1))
+    importer, reached, go_on = [0], Event(), Event()
+
+    def pause(_: object) -> None:
+        if get_ident() == importer[0]:
+            reached.set()
+            assert go_on.wait(timeout=30)
+
+    def add() -> None:
+        importer[0] = get_ident()
+        store.add(scan("ann", 2))
+
+    event.listen(Engine, "commit", pause)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            adding = pool.submit(add)
+            assert reached.wait(timeout=30)
+            # Row and file of the second scan are there, but nobody else sees the row yet.
+            withdrawing = pool.submit(store.withdraw, store.pseudonym("ann"))
+            with pytest.raises(TimeoutError):
+                withdrawing.result(timeout=0.5)
+            go_on.set()
+            adding.result(timeout=30)
+            assert withdrawing.result(timeout=30) == 2
+    finally:
+        go_on.set()
+        event.remove(Engine, "commit", pause)
+    assert files(store) == set()
+    with catalogue.connect(catalogue.parse_url(url)).connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM scans")).scalar() == 0
+    assert store.verify() == []
+
+
 def test_a_newer_catalogue_is_refused(store: SiteStore, url: str) -> None:
     engine = catalogue.connect(catalogue.parse_url(url))
     with engine.begin() as connection:
@@ -303,8 +275,10 @@ def test_the_catalogue_of_another_site_is_refused(
 @pytest.mark.parametrize(
     "place", ["fedcmr:hunter2@/{}?host={}", "fedcmr@/{}?host={}&password=hunter2"]
 )
-def test_a_password_is_used_but_not_stored(tmp_path: Path, postgresql: str, place: str) -> None:
-    url = f"postgresql+psycopg://{place.format(create_database(postgresql), postgresql)}"
+def test_a_password_is_used_but_not_stored(
+    tmp_path: Path, postgresql: str, create_database: Callable[[], str], place: str
+) -> None:
+    url = f"postgresql+psycopg://{place.format(create_database(), postgresql)}"
     with SiteStore.create(tmp_path / "store", database_url=url) as store:
         store.add(scan("ann", 1))
     kept = [path.read_bytes() for path in (tmp_path / "store").rglob("*") if path.is_file()]

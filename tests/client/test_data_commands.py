@@ -1,7 +1,9 @@
 """`fedcmr data` on real files: what it prints, what it stores, how it exits."""
 
+import io
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,84 @@ def test_settings_fill_in_what_files_leave_out(run: Run, tmp_path: Path) -> None
     assert record.metadata.pixel_spacing_mm == (1.5, 1.25)
     assert record.metadata.spacing_source == "user"
     assert record.metadata.diseases == ("HCM",)
+
+
+def test_a_date_can_be_set_and_is_shown(run: Run, tmp_path: Path) -> None:
+    path = write_mat(tmp_path / "P001" / "scan.mat", 0)
+    store = ("--store", tmp_path / "s")
+    assert run("import", path, *store, "--set", "acquired_on=2024-05-01")[0] == 0
+    with SiteStore.open(tmp_path / "s") as opened:
+        (record,) = opened.scans()
+        assert opened.verify() == []
+    assert record.metadata.acquired_on == date(2024, 5, 1)
+    (listed,) = json.loads(run("list", *store, "--json")[1])
+    assert listed["metadata"]["acquired_on"] == "2024-05-01"
+    assert "2024-05-01" in run("show", record.scan_id, *store)[1]
+    wrong = write_mat(tmp_path / "P002" / "scan.mat", 1)
+    code, out, _ = run("import", wrong, *store, "--set", "acquired_on=May", "--json")
+    assert code == 1
+    assert "acquired_on: " in json.loads(out)["rows"][0]["reason"]
+
+
+def test_consent_is_set_at_import_and_shown(run: Run, tree: Path, tmp_path: Path) -> None:
+    store = ("--store", tmp_path / "store")
+    assert run("import", tree, *store, "--consent", "given")[0] == 0
+    listed = json.loads(run("list", *store, "--json")[1])
+    assert {row["consent"] for row in listed} == {"given"}
+    # Everything is skipped, the decision counts nevertheless.
+    one = tree / "Cine/TrainingSet/FullSample/P001"
+    assert "1 skipped" in run("import", one, *store, "--consent", "refused")[1]
+    with SiteStore.open(tmp_path / "store") as opened:
+        refused = [record for record in opened.scans() if record.consent is False]
+    assert len(refused) == 1
+    text = run("list", *store)[1]
+    assert (text.count("given"), text.count("refused")) == (2, 1)
+    assert "refused" in run("show", refused[0].scan_id, *store)[1]
+
+
+def test_consent_is_recorded_by_pseudonym_name_or_list(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = truthful_store(tmp_path / "store")
+    (patient,) = store.patients()
+    place = ("--store", store.root)
+
+    def known() -> bool | None:
+        return store.scans()[0].consent
+
+    code, out, _ = run("consent", patient, "--given", *place)
+    assert (code, known()) == (0, True)
+    assert "consent given by 1 patients" in out
+    code, out, _ = run("consent", "ann", "--name", "--refused", *place, "--json")
+    assert (code, known()) == (0, False)
+    assert json.loads(out) == {"consent": "refused", "patients": [patient]}
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n ann\n")))
+    code, _, err = run("consent", "--file", "-", "--name", "--given", *place)
+    assert (code, err) == (0, "")
+    assert known() is True
+    broken = tmp_path / "list.txt"
+    broken.write_bytes(b"\xff\xfe")
+    code, _, err = run("consent", "--file", broken, "--refused", *place)
+    assert (code, "not a text file" in err) == (1, True)
+    assert known() is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["p-1"], 2, "--given or --refused"),
+        (["--given"], 2, "name at least one PATIENT"),
+        (["p-1", "--given"], 1, "has no patient p-1: see `fedcmr data list`, or add --name"),
+    ],
+)
+def test_consent_needs_a_patient_and_a_decision(
+    run: Run, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    store = truthful_store(tmp_path / "store")
+    stopped, _, err = run("consent", *arguments, "--store", store.root)
+    assert stopped == code
+    assert message in err
+    assert store.scans()[0].consent is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,29 @@ def test_metadata(tmp_path: Path) -> None:
     assert (m.slice_thickness_mm, m.slice_pitch_mm, m.spacing_source) == (6.0, 8.0, "header")
     assert m.frame_times_ms == (0.0, 50.0, 100.0, 150.0)
     assert scan.patient == "MRN-1"
+
+
+@pytest.mark.parametrize(
+    ("dates", "day"),
+    [
+        ({}, None),
+        ({"StudyDate": "20240501"}, date(2024, 5, 1)),
+        ({"StudyDate": "20240501", "AcquisitionDate": "20240430"}, date(2024, 4, 30)),
+        ({"StudyDate": "20240501", "AcquisitionDate": ""}, date(2024, 5, 1)),
+    ],
+)
+def test_the_day_is_that_of_the_acquisition_or_the_study(
+    tmp_path: Path, dates: dict[str, str], day: date | None
+) -> None:
+    scan = only(write_series(tmp_path / "series", **dates))
+    assert scan.metadata.acquired_on == day
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DA")
+def test_a_date_that_is_none_is_missing(tmp_path: Path) -> None:
+    scan = only(write_series(tmp_path / "series", StudyDate="20241399"))
+    assert scan.metadata.acquired_on is None
+    assert "acquired_on" in scan.metadata.missing
 
 
 def test_no_identifying_text_reaches_the_metadata(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ FRAMES, SLICES, COILS, LINES, READOUT = 3, 2, 4, 8, 16
 HEADER = """<?xml version="1.0"?>
 <ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">
   {subject}
-  <measurementInformation><patientPosition>HFS</patientPosition><protocolName>cine_sax</protocolName></measurementInformation>
+  {study}
+  <measurementInformation>{series}<patientPosition>HFS</patientPosition><protocolName>cine_sax</protocolName></measurementInformation>
   <acquisitionSystemInformation>
     <systemVendor>SIEMENS</systemVendor><systemModel>Avanto</systemModel>
     <systemFieldStrength_T>1.494</systemFieldStrength_T>
@@ -74,6 +76,8 @@ def write(
     trajectory: str = "cartesian",
     patient: str = "volunteer",
     user: str = "",
+    study: str = "",
+    series: str = "",
 ) -> Path:
     subject = f"<subjectInformation><patientID>{patient}</patientID></subjectInformation>"
     header = HEADER.format(
@@ -83,6 +87,8 @@ def write(
         center=lines // 2 if center is None else center,
         trajectory=trajectory,
         user=user,
+        study=study and f"<studyInformation><studyDate>{study}</studyDate></studyInformation>",
+        series=series and f"<seriesDate>{series}</seriesDate>",
     )
     with ismrmrd.Dataset(path) as dataset:
         dataset.write_xml_header(header.encode())
@@ -151,6 +157,22 @@ def test_noise_scans_become_the_covariance(tmp_path: Path) -> None:
     expected = mix @ mix.T
     np.testing.assert_allclose(scan.noise_covariance, expected, atol=0.05 * expected.max())
     np.testing.assert_array_equal(stacked(scan), in_space(array))
+
+
+@pytest.mark.parametrize(
+    ("study", "series", "day"),
+    [
+        ("", "", None),
+        ("2024-05-01", "", date(2024, 5, 1)),
+        ("2024-05-01", "2024-05-02", date(2024, 5, 2)),
+        ("", "2024-05-02Z", date(2024, 5, 2)),
+    ],
+)
+def test_the_day_is_that_of_the_series_or_the_study(
+    tmp_path: Path, study: str, series: str, day: date | None
+) -> None:
+    path = write(tmp_path / "scan.h5", readouts(truth()), study=study, series=series)
+    assert only(path).metadata.acquired_on == day
 
 
 def test_averages_are_averaged(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,8 +27,9 @@ from fedcmr_client.store.pseudonyms import fingerprint, pseudonym
 from fedcmr_client.store.scan_file import ScanSource, Truth
 from fedcmr_client.store.site_store import SiteStore
 from fedcmr_client.store.split import SPLITS, SplitFractions, split_of, split_position
-from fedcmr_shared.errors import ConfigurationError, DataError
+from fedcmr_shared.errors import AlreadyImported, ConfigurationError, DataError
 from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
+from fedcmr_shared.schemas.job import CohortQuery
 
 SECRET = bytes(range(32))
 METADATA = AcquisitionMetadata(
@@ -331,3 +335,140 @@ def test_a_store_survives_an_import_that_is_interrupted(store: SiteStore) -> Non
 def test_a_fingerprint_tells_secrets_apart_without_holding_them() -> None:
     assert fingerprint(SECRET) != fingerprint(bytes(32))
     assert SECRET.hex() not in fingerprint(SECRET)
+
+
+def consents(store: SiteStore) -> dict[str, bool | None]:
+    return {record.patient: record.consent for record in store.scans()}
+
+
+def test_consent_is_unknown_until_somebody_says_so(store: SiteStore) -> None:
+    ann, bob = (store.add(scan(name, n)).patient for n, name in enumerate(("ann", "bob")))
+    assert consents(store) == {ann: None, bob: None}
+    store.set_consent([ann, bob, ann], given=True)
+    store.set_consent([bob], given=False)
+    assert consents(store) == {ann: True, bob: False}
+    store.set_consent([], given=True)
+    with SiteStore.open(store.root) as again:
+        assert consents(again) == {ann: True, bob: False}
+
+
+def test_consent_of_an_unknown_patient_changes_nobodys(store: SiteStore) -> None:
+    ann, bob = (store.add(scan(name, n)).patient for n, name in enumerate(("ann", "bob")))
+    store.withdraw(bob)
+    for wrong in ("ann", bob):
+        with pytest.raises(DataError, match=f"has no patient {wrong}: see"):
+            store.set_consent([ann, wrong], given=True)
+    assert consents(store) == {ann: None}
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "after"),
+    [
+        (None, True, True),
+        (None, False, False),
+        (True, None, True),
+        (True, False, False),
+        (False, None, False),
+        (False, True, False),
+    ],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_import_never_lifts_a_refusal(
+    store: SiteStore, seed: int, before: bool | None, said: bool | None, after: bool | None
+) -> None:
+    ann = store.add(scan("ann", 0), consent=before).patient
+    assert consents(store) == {ann: before}
+    if seed == 0:
+        with pytest.raises(AlreadyImported):
+            store.add(scan("ann", seed), consent=said)
+    else:
+        store.add(scan("ann", seed), consent=said)
+    assert consents(store) == {ann: after}
+
+
+def test_consent_of_many_patients_is_set_at_once(store: SiteStore) -> None:
+    names = [f"p-{number:05}" for number in range(40_000)]
+    with sqlite3.connect(store.root / "catalogue.sqlite") as connection:
+        rows = [(name,) for name in names]
+        connection.executemany("INSERT INTO patients (pseudonym) VALUES (?)", rows)
+    connection.close()
+    store.set_consent(names[1:], given=True)
+    with sqlite3.connect(store.root / "catalogue.sqlite") as connection:
+        query = "SELECT consent, count(*) FROM patients GROUP BY consent ORDER BY consent"
+        assert connection.execute(query).fetchall() == [(None, 1), (1, 39_999)]
+    connection.close()
+
+
+PEOPLE: dict[str, dict[str, Any]] = {
+    "full": {
+        "modality": "cine",
+        "view": "short-axis",
+        "vendor": "GE",
+        "acquired_on": date(2024, 5, 1),
+    },
+    "old": {"modality": "cine", "vendor": "Siemens", "acquired_on": date(2019, 1, 31)},
+    "late": {"modality": "LGE", "view": "long-axis", "acquired_on": date(2024, 12, 31)},
+    "bare": {},
+}
+
+
+@pytest.fixture
+def people(store: SiteStore) -> SiteStore:
+    """Return a store with the four patients of PEOPLE, all in the training part."""
+    store.set_split(SplitFractions(1, 0, 0))
+    for seed, (name, fields) in enumerate(PEOPLE.items()):
+        metadata = METADATA.model_copy(update=fields)
+        store.add(replace(scan(name, seed), metadata=metadata))
+    return store
+
+
+def cohort(store: SiteStore, query: dict[str, object], **limits: Any) -> set[str]:
+    names = {store.pseudonym(name): name for name in PEOPLE}
+    records = store.cohort("train", CohortQuery.model_validate(query), **limits)
+    assert records == sorted(records, key=lambda record: (record.patient, record.scan_id))
+    return {names[record.patient] for record in records}
+
+
+@pytest.mark.parametrize(
+    ("query", "limits", "expected"),
+    [
+        ({}, {}, {"full", "old", "late", "bare"}),
+        ({"modalities": ["cine"]}, {}, {"full", "old"}),
+        ({}, {"modalities": {"cine"}}, {"full", "old"}),
+        ({"modalities": ["cine", "LGE"]}, {"modalities": ("LGE",)}, {"late"}),
+        ({"modalities": ["cine"]}, {"modalities": ("LGE",)}, set()),
+        ({}, {"modalities": ()}, set()),
+        ({"views": ["short-axis"]}, {}, {"full"}),
+        ({"vendors": ["Siemens", "GE"]}, {}, {"full", "old"}),
+        ({"acquired_from": "2024-05-01"}, {}, {"full", "late"}),
+        ({"acquired_from": "2024-05-02"}, {}, {"late"}),
+        ({"acquired_until": "2024-05-01"}, {}, {"full", "old"}),
+        ({"acquired_until": "2024-04-30"}, {}, {"old"}),
+        ({}, {"acquired_from": date(2024, 5, 1)}, {"full", "late"}),
+        ({}, {"acquired_until": date(2019, 1, 31)}, {"old"}),
+        ({"acquired_from": "2019-01-01"}, {"acquired_from": date(2024, 1, 1)}, {"full", "late"}),
+        ({"acquired_until": "2024-06-01"}, {"acquired_from": date(2024, 1, 1)}, {"full"}),
+        ({"acquired_from": "2024-06-01"}, {"acquired_until": date(2024, 5, 31)}, set()),
+    ],
+)
+def test_a_cohort_meets_the_query_and_the_limits(
+    people: SiteStore, query: dict[str, object], limits: dict[str, Any], expected: set[str]
+) -> None:
+    assert cohort(people, query, **limits) == expected
+
+
+def test_a_cohort_is_one_part(people: SiteStore) -> None:
+    assert len(people.cohort("train", CohortQuery())) == 4
+    assert people.cohort("validation", CohortQuery()) == []
+    people.set_split(SplitFractions(0, 1, 0))
+    assert people.cohort("train", CohortQuery()) == []
+
+
+def test_a_cohort_respects_consent_and_withdrawal(people: SiteStore) -> None:
+    full, old, late = (people.pseudonym(name) for name in ("full", "old", "late"))
+    people.set_consent([full, late], given=True)
+    people.set_consent([old], given=False)
+    assert cohort(people, {}) == {"full", "late", "bare"}
+    assert cohort(people, {}, require_consent=True) == {"full", "late"}
+    people.withdraw(late)
+    assert cohort(people, {}, require_consent=True) == {"full"}

@@ -109,7 +109,9 @@ def test_a_missing_site_is_left_out(folder: RunFolder) -> None:
 
 
 def test_a_refusing_site_is_left_out(folder: RunFolder) -> None:
-    link = MemoryLink({"a": adds(1.0), "b": adds(1.0), "c": lambda name, *_: Refusal(name, "data")})
+    link = MemoryLink(
+        {"a": adds(1.0), "b": adds(1.0), "c": lambda name, *_: Refusal(name, "declined")}
+    )
     run_job(link, folder)
     assert folder.events()[0]["sites"] == 2
 

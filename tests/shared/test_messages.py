@@ -64,15 +64,18 @@ def test_answers_round_trip() -> None:
     read = unpack_answer(update.pack())
     assert isinstance(read, Update)
     assert (read.site, read.round, read.model_sha256, read.loss) == ("north", 2, "ab", 0.5)
+    private = unpack_answer(Update("north", 2, "ab", {"b": torch.ones(2)}).pack())
+    assert isinstance(private, Update)
+    assert private.loss is None
     assert torch.equal(read.delta["b"], torch.ones(2))
     scores = Scores("north", 2, "ab", {"psnr": 31.5})
     assert unpack_answer(scores.pack()) == scores
-    assert unpack_answer(Refusal("north", "data").pack()) == Refusal("north", "data")
+    assert unpack_answer(Refusal("north", "declined").pack()) == Refusal("north", "declined")
 
 
 def test_a_refusal_carries_nothing_but_site_and_code() -> None:
-    content = Refusal("north", "data").pack()
-    assert dict(content["header"]) == {"site": "north", "refusal": "data"}
+    content = Refusal("north", "declined").pack()
+    assert dict(content["header"]) == {"site": "north", "refusal": "declined"}
     assert list(content) == ["header"]
 
 

@@ -146,7 +146,7 @@ class TestAcquisition:
 class TestJob:
     def test_json_round_trip(self) -> None:
         job = JobSpec.model_validate(
-            {"name": "demo", "rounds": 2, "modalities": ["cine"], "site_sizes": {"a": "large"}}
+            {"name": "demo", "cohort": {"modalities": ["cine"]}, "site_sizes": {"a": "large"}}
         )
         assert JobSpec.model_validate_json(job.model_dump_json()) == job
 
@@ -252,11 +252,11 @@ class TestSchemaCommand:
     def test_list(self, capsys: pytest.CaptureFixture[str]) -> None:
         code, out, _ = self.run(capsys, "list", "--json")
         assert code == 0
-        assert [row["name"] for row in json.loads(out)] == ["acquisition", "job"]
+        assert [row["name"] for row in json.loads(out)] == ["acquisition", "job", "policy"]
         assert all(row["describes"] for row in json.loads(out))
         assert "acquisition" in self.run(capsys, "list")[1]
 
     def test_unknown_name(self, capsys: pytest.CaptureFixture[str]) -> None:
         code, _, err = self.run(capsys, "show", "patient")
         assert code == 1
-        assert err == "error: schema 'patient' is unknown: use acquisition, job\n"
+        assert err == "error: schema 'patient' is unknown: use acquisition, job, policy\n"

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import get_args
 
@@ -124,6 +125,9 @@ class TestPrompts:
             centre="Center005",
         )
         assert metadata_text(metadata) == CINE
+        # Neither does the day of the acquisition enter a sentence.
+        dated = metadata.model_copy(update={"acquired_on": date(2024, 5, 1)})
+        assert metadata_text(dated) == CINE
 
     def test_missing_values_are_unknown(self) -> None:
         assert metadata_text(scan()) == (

@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fedcmr_client.store.pseudonyms import pseudonym
 from fedcmr_client.store.scan_file import ScanFile
 from fedcmr_client.store.site_store import SiteStore
-from fedcmr_client.store.split import SPLITS
+from fedcmr_client.store.split import SPLITS, SplitFractions, split_of, split_position
 from fedcmr_shared.errors import ConfigurationError, DataError
+from fedcmr_simulations.balanced_split import balanced_secret
 from fedcmr_simulations.centres import (
     CENTRES,
     EXTERNAL_CENTRES,
+    PRETRAINING_CENTRES,
     TRAINING_CENTRES,
+    Centre,
     simulate_centre,
     simulate_centres,
 )
@@ -34,6 +38,71 @@ def test_training_centres_differ_and_external_ones_are_held_out() -> None:
         values = [repr(getattr(centre, what)) for centre in TRAINING_CENTRES]
         assert len(set(values)) == len(values), what
     assert len({centre.vendor for centre in TRAINING_CENTRES}) >= 3
+
+
+def test_pretraining_has_seen_no_vendor_field_or_contrast_of_a_hospital() -> None:
+    assert len(PRETRAINING_CENTRES) >= 2
+    names = [centre.name for centre in (*CENTRES, *PRETRAINING_CENTRES)]
+    assert len(set(names)) == len(names)
+
+    def seen(centres: tuple[Centre, ...]) -> list[set[object]]:
+        return [
+            {centre.vendor for centre in centres},
+            {centre.field_strength_t for centre in centres},
+            {modality for centre in centres for modality in centre.modalities},
+        ]
+
+    for hospitals in (TRAINING_CENTRES, EXTERNAL_CENTRES):
+        for before, later in zip(seen(PRETRAINING_CENTRES), seen(hospitals), strict=True):
+            assert before.isdisjoint(later)
+
+
+def test_small_detail_is_one_little_image_per_patient(tmp_path: Path) -> None:
+    for centre in (*CENTRES, *PRETRAINING_CENTRES):
+        quick, small = centre.equipment("quick"), centre.equipment("small")
+        assert min(small.grid.phase, small.grid.readout) >= 64
+        assert max(small.grid.phase, small.grid.readout) <= 72
+        assert 4 <= small.array.coils <= 5
+        assert 0 < small.array.front < small.array.coils
+        for axis, size in enumerate((quick.grid.phase, quick.grid.readout)):
+            field_of_view = size * quick.grid.spacing[axis]
+            pixels = (small.grid.phase, small.grid.readout)[axis]
+            assert pixels * small.grid.spacing[axis] == pytest.approx(field_of_view)
+    with simulate_centre(tmp_path / "s", CENTRES[0], 12, 5, "small") as store:
+        records = store.scans()
+    assert len({record.patient for record in records}) == len(records) == 12
+    assert {(r.metadata.frames, r.metadata.slices) for r in records} == {(1, 1)}
+    cine = [r.metadata.frame_times_ms for r in records if r.metadata.modality == "cine"]
+    assert len({(times or ())[0] > 0 for times in cine}) == 2, "cine frames over the heart cycle"
+
+
+def test_research_scanners_outside_the_vocabulary_are_stored_without_a_warning(
+    tmp_path: Path,
+) -> None:
+    centre = PRETRAINING_CENTRES[0]
+    with simulate_centre(tmp_path / "s", centre, 3, 1, "small") as store:
+        (metadata, *_) = [record.metadata for record in store.scans()]
+    assert (metadata.vendor, metadata.field_strength_t) == (centre.vendor, centre.field_strength_t)
+    assert metadata.origin == "simulated"
+
+
+def test_another_split_changes_no_sample(tmp_path: Path) -> None:
+    split = SplitFractions(train=0.8, validation=0.1, test=0.1)
+    simulate_centre(tmp_path / "a", CENTRES[0], 10, 7, "small").close()
+    with simulate_centre(tmp_path / "b", CENTRES[0], 10, 7, "small", split=split) as store:
+        assert store.split_counts() == {"train": 8, "validation": 1, "test": 1}
+    digests = [{row[1] for row in contents(tmp_path / name)} for name in ("a", "b")]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("patients", [3, 4, 9])
+def test_a_split_that_three_parts_cannot_follow_is_kept_as_far_as_it_goes(patients: int) -> None:
+    names = [f"p{index}" for index in range(patients)]
+    fractions = SplitFractions(train=0.96, validation=0.02, test=0.02)
+    secret = balanced_secret("x", names, fractions)
+    places = [split_position(secret, pseudonym(secret, name)) for name in names]
+    parts = [split_of(place, fractions) for place in places]
+    assert [parts.count(part) for part in SPLITS] == [patients - 2, 1, 1]
 
 
 def test_the_same_seed_gives_the_same_store_and_every_part_has_a_patient(tmp_path: Path) -> None:

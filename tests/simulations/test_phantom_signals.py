@@ -8,9 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.schemas import vocabulary
 from fedcmr_simulations.phantom import signals
-from fedcmr_simulations.phantom.protocol import MODALITIES, frame_signals, protocol, steady_state
-from fedcmr_simulations.phantom.tissue import PROPERTIES, RELAXATION, TISSUES, relaxation
+from fedcmr_simulations.phantom.protocol import (
+    MODALITIES,
+    Modality,
+    frame_signals,
+    off_resonance_phase,
+    protocol,
+    steady_state,
+)
+from fedcmr_simulations.phantom.tissue import (
+    PROPERTIES,
+    RELAXATION,
+    T1RHO_PER_T2,
+    TISSUES,
+    Tissue,
+    relaxation,
+)
 
 T1 = st.floats(150, 4000)
 FIELDS = (0.55, 1.5, 3.0, 5.0)
@@ -131,4 +146,71 @@ def test_unknown_field_and_modality_are_refused() -> None:
         protocol("tagging", "quick", 1.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="no preparation"):
         frame_signals(protocol("cine", "quick", 1.5), 0, 1.5)
-    assert len(MODALITIES) == 5
+    assert set(MODALITIES) < set(vocabulary.MODALITIES)
+
+
+@laws
+@given(T1, st.floats(200, 3000))
+def test_repeated_inversion_recovers_through_its_null(t1: float, repetition: float) -> None:
+    saturated = signals.saturation_recovery(t1, repetition)
+    assert signals.repeated_inversion(t1, 0, repetition) == pytest.approx(-saturated)
+    null = signals.repeated_null_time_ms(t1, repetition)
+    assert 0 < null < repetition
+    assert signals.repeated_inversion(t1, null, repetition) == pytest.approx(0, abs=1e-9)
+    assert signals.repeated_null_time_ms(t1, 60 * t1) == pytest.approx(signals.null_time_ms(t1))
+
+
+@laws
+@given(T1)
+def test_spoiled_gradient_echo_is_largest_at_the_ernst_angle(t1: float) -> None:
+    ernst = float(np.rad2deg(np.arccos(np.exp(-5 / t1))))
+    values = [
+        signals.spoiled_gradient_echo(t1, flip_angle_deg=angle, repetition_time_ms=5)
+        for angle in (0.9 * ernst, ernst, 1.1 * ernst)
+    ]
+    assert values[1] == max(values)
+    full = signals.spoiled_gradient_echo(t1, flip_angle_deg=90, repetition_time_ms=t1)
+    assert full == pytest.approx(1 - 1 / np.e)
+
+
+@pytest.mark.parametrize("field", [1.2, 2.0, 4.0])
+def test_research_contrasts_show_what_they_are_named_after(field: float) -> None:
+    def brightness(modality: Modality, frame: int = 0) -> dict[Tissue, float]:
+        values = np.abs(frame_signals(protocol(modality, "quick", field), frame, field))
+        return dict(zip(TISSUES, values, strict=True))
+
+    dark, stir = brightness("black blood"), brightness("T2 weighted")
+    assert dark["arterial blood"] == stir["venous blood"] == 0 < dark["myocardium"]
+    assert stir["fat"] < 0.02 * stir["myocardium"]
+    assert stir["scar"] > stir["myocardium"], "long T2 is bright"
+    t1_weighted = brightness("T1 weighted")
+    assert t1_weighted["fat"] > t1_weighted["myocardium"] > t1_weighted["fluid"]
+    first, last = brightness("T1rho mapping"), brightness("T1rho mapping", 2)
+    decay = {tissue: last[tissue] / first[tissue] for tissue in ("liver", "fluid")}
+    assert decay["liver"] < decay["fluid"] < 1
+    assert last["liver"] / first["liver"] == pytest.approx(
+        np.exp(-50 / (T1RHO_PER_T2 * relaxation("liver", field).t2_ms))
+    )
+
+
+def test_a_spin_echo_refocuses_what_dephases_a_gradient_echo() -> None:
+    offsets = np.full((2, 2), 40.0, np.float32)
+    assert np.all(off_resonance_phase(protocol("black blood", "quick", 2.0), offsets) == 1)
+    assert np.all(off_resonance_phase(protocol("T1 weighted", "quick", 2.0), offsets) != 1)
+
+
+@pytest.mark.parametrize("tissue", TISSUES)
+def test_relaxation_between_the_fields_follows_a_power_law(tissue: Tissue) -> None:
+    low, middle, high = (relaxation(tissue, field) for field in (1.5, np.sqrt(4.5), 3.0))
+    assert middle.t1_ms == pytest.approx(np.sqrt(low.t1_ms * high.t1_ms))
+    assert middle.t2_ms == pytest.approx(np.sqrt(low.t2_ms * high.t2_ms))
+    assert middle.source == "extra"
+
+
+def test_one_frame_of_a_sequence_is_that_frame() -> None:
+    sequence = protocol("T1 mapping", "quick", 1.5)
+    for frame in range(sequence.frames):
+        alone = sequence.only(frame)
+        assert alone.frames == 1
+        assert np.array_equal(frame_signals(alone, 0, 1.5), frame_signals(sequence, frame, 1.5))
+    assert protocol("cine", "quick", 1.5).only(2).phases == (0.35,)

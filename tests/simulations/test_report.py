@@ -1,60 +1,23 @@
 import base64
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from html_page import Page
 
 from fedcmr_shared.errors import DataError
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.schemas import JobSpec
+from fedcmr_shared.schemas.privacy import PrivacySpec
 from fedcmr_simulations.evaluation import METHODS, EvaluationRow, append_rows, site_summary
 from fedcmr_simulations.examples import Example, save_example
 from fedcmr_simulations.figures import error_png, line_chart, magnitude_png, nice_ticks
 from fedcmr_simulations.report import summary_rows, write_report
 
-VOID = {"meta", "img", "link", "br", "input", "hr"}
-GAINS = {"zero_filled": 0.0, "sense": 3.0, "local": 6.0, "federated": 7.5}
-
-
-class Page(HTMLParser):
-    """Elements with their attributes, text of table cells, and a check that tags nest."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.stack: list[str] = []
-        self.rows: list[list[str]] = []
-        self.text = ""
-        self.feed(source)
-        self.close()
-        assert self.stack == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.stack.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self.stack and self.stack[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-
-    def of(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
+GAINS = {"zero_filled": 0.0, "sense": 3.0, "start": 5.25, "local": 6.0, "federated": 7.5}
 
 
 def image(seed: int) -> np.ndarray:
@@ -101,6 +64,19 @@ def make_events(sites: list[str], rounds: int = 3) -> list[dict[str, Any]]:
     return events
 
 
+def make_privacy(sites: list[str]) -> dict[str, Any]:
+    spent = {
+        name: {
+            "order": 4,
+            "train": {"starts": 3, "epsilon": 6.5 + index, "epsilon_if_fixed": 6.0 + index},
+            "evaluate": {"starts": 1, "epsilon": 1.25, "epsilon_if_fixed": 1.0},
+        }
+        for index, name in enumerate(sites)
+    }
+    budget = {"epsilon": 8.0, "delta": 1e-5, "order": None}
+    return {**PrivacySpec().model_dump(), "steps": 60, "budget": budget, "sites": spent}
+
+
 def make_run(folder: Path, sites: list[str]) -> dict[str, Any]:
     rows = make_rows(sites)
     append_rows(folder / "evaluation.jsonl", rows)
@@ -121,6 +97,9 @@ def make_run(folder: Path, sites: list[str]) -> dict[str, Any]:
         "data_origin": "simulated",
         "model": {"name": "cardiomm", "size": "tiny", "trainable": 123456, "frozen": 78},
         "model_sha256": "ab" * 32,
+        "start": "packaged",
+        "private": True,
+        "privacy": make_privacy(sites),
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     for index, site in enumerate(sites):
@@ -144,12 +123,41 @@ def test_numbers_of_the_headline_table_are_those_of_the_summary(tmp_path: Path) 
     table = {row[0]: row[1:] for row in page.rows[1:4]}
     for entry in summary["sites"]:
         values = [f"{entry[f'psnr_{name}']:.2f}" for name in METHODS]
-        assert table[entry["name"]] == [str(entry["patients"]), *values, "+4.50", "+1.50"]
+        spent = summary["privacy"]["sites"][entry["name"]]["train"]["epsilon"]
+        gains = ["+4.50", "+1.50", "+2.25", f"{spent:.2f}"]
+        assert table[entry["name"]] == [str(entry["patients"]), *values, *gains]
     mean = np.mean([entry["psnr_federated"] for entry in summary["sites"]])
-    assert table["mean of sites"][4] == f"{mean:.2f}"
+    assert table["mean of sites"][5] == f"{mean:.2f}"
+    assert table["mean of sites"][-1] == "7.50"  # the worst site's epsilon, no mean
     assert f"{mean:.2f} dB PSNR on average" in page.text
     assert "4.50 dB above tuned CG-SENSE" in page.text
     assert "beats CG-SENSE at 2 of 2 sites" in page.text
+
+
+def test_the_privacy_section_gives_claim_and_every_site(tmp_path: Path) -> None:
+    make_run(tmp_path, ["north", "south"])
+    _, page = render(tmp_path)
+    assert "epsilon 7.50 for the worst trained patient" in page.text
+    assert "unit patient, relation zero-out" in page.text
+    assert ["south", "4", "3", "7.50", "7.00", "1", "1.25", "8.00"] in page.rows
+    assert "NO PRIVACY" not in page.text
+
+
+def test_scores_without_noise_are_named_in_words(tmp_path: Path) -> None:
+    summary = make_run(tmp_path, ["north"])
+    summary["privacy"]["evaluation"]["noise_multiplier"] = None
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert "left WITHOUT noise" in render(tmp_path)[1].text
+
+
+def test_a_run_without_privacy_says_so_in_red(tmp_path: Path) -> None:
+    summary = make_run(tmp_path, ["north"])
+    del summary["privacy"]
+    summary["private"] = False
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    source, page = render(tmp_path)
+    assert page.text.count("NO PRIVACY") == 2
+    assert re.search(r"\.unprotected \{ background: #b3140b", source)
 
 
 def test_a_federated_model_that_loses_is_said_to_lose(tmp_path: Path) -> None:
@@ -169,9 +177,9 @@ def test_all_scores_of_the_evaluation_are_in_the_tables(tmp_path: Path) -> None:
     wanted = ["south", "cine", "kt-radial", "8×", "3.9×", "1", "1"]
     found = [row[7:] for row in page.rows if row[:7] == wanted]
     assert found == [
-        ["28.12", "31.12", "34.12", "35.62"],
-        ["0.8000", "0.8300", "0.8600", "0.8750"],
-        ["0.0200", "0.0170", "0.0140", "0.0125"],
+        ["28.12", "31.12", "33.37", "34.12", "35.62"],
+        ["0.8000", "0.8300", "0.8525", "0.8600", "0.8750"],
+        ["0.0200", "0.0170", "0.0147", "0.0140", "0.0125"],
     ]
 
 
@@ -285,8 +293,8 @@ def test_a_method_that_did_not_run_shows_as_a_dash(tmp_path: Path) -> None:
         entry["psnr_local"] = None
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     _, page = render(tmp_path)
-    assert page.rows[1][4] == "–"
-    assert page.rows[3][4] == "–"
+    assert page.rows[1][5] == "–"
+    assert page.rows[3][5] == "–"
     assert summary_rows(summary)[0]["gain over local"] is None
 
 

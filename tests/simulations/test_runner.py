@@ -15,7 +15,14 @@ import yaml
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import ConfigurationError, DataError, FederationError
-from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
+from fedcmr_shared.schemas.job import (
+    CohortQuery,
+    JobSpec,
+    ModelSpec,
+    SamplingSpec,
+    TrainingSpec,
+)
+from fedcmr_shared.schemas.privacy import PrivacySpec
 from fedcmr_simulations.config import SamplingCase, SimulationConfig, load_config
 from fedcmr_simulations.progress import SilentProgress
 from fedcmr_simulations.runner import SimulationRequest, simulate
@@ -30,6 +37,15 @@ JOB = JobSpec(
     training=TrainingSpec(local_steps=3),
 )
 CONFIG = SimulationConfig(job=JOB, evaluation=(CASE,))
+PRIVATE = SimulationConfig(
+    job=JOB.model_copy(
+        update={
+            "privacy": PrivacySpec(cohort_size=10, noise_multiplier=3.0),
+            "training": TrainingSpec(local_steps=2, part="adapters"),
+        }
+    ),
+    evaluation=(CASE,),
+)
 
 
 @pytest.fixture
@@ -38,9 +54,13 @@ def sites(make_site: Callable[..., Path]) -> Path:
     return make_site("south", 10, coils=4, phase=40, first_seed=77).parent
 
 
+def request(config: SimulationConfig, out: Path, data: Path) -> SimulationRequest:
+    return SimulationRequest(config, 2, out, data, private=config.job.privacy is not None)
+
+
 def test_a_run_leaves_everything_that_its_readers_need(sites: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    summary = simulate(SimulationRequest(CONFIG, 2, out, sites), SilentProgress())
+    summary = simulate(request(CONFIG, out, sites), SilentProgress())
     written = json.loads((out / "summary.json").read_text())
     assert written == json.loads(json.dumps(summary))
     assert written["status"] == "finished"
@@ -62,6 +82,49 @@ def test_a_run_leaves_everything_that_its_readers_need(sites: Path, tmp_path: Pa
     for event in folder.events():
         if event["event"] in ("round", "evaluation"):
             assert not {"north", "south"} & set(map(str, event.values()))
+
+
+def test_a_private_run_accounts_for_every_site_and_round(sites: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    summary = simulate(request(PRIVATE, out, sites), SilentProgress())
+    privacy = summary["privacy"]
+    assert (privacy["steps"], privacy["noise_multiplier"]) == (4, 3.0)
+    events = [e for e in RunFolder(out).events() if e["event"] == "site_privacy"]
+    assert [(e["site"], e["round"]) for e in events] == [
+        (site, number) for site in ("north", "south") for number in (1, 2)
+    ]
+    for name in ("north", "south"):
+        spent = [e["epsilon"] for e in events if e["site"] == name]
+        assert 0 < spent[0] < spent[1] == privacy["sites"][name]["train"]["epsilon"]
+        assert privacy["sites"][name]["rounds"] == spent
+        assert privacy["sites"][name]["evaluate"]["starts"] == 1
+        assert privacy["sites"][name]["train"]["epsilon_if_fixed"] <= spent[1] <= 8
+    page = (out / "report.html").read_text()
+    assert "certified by the ledger" in page
+    assert "NO PRIVACY" not in page
+    # No update of a private run carries a loss.
+    rounds = [e for e in RunFolder(out).events() if e["event"] == "round"]
+    assert [e["train_loss"] for e in rounds] == [None, None]
+
+
+def test_without_privacy_everything_says_so(sites: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = tmp_path / "config.yaml"
+    short = JOB.model_copy(update={"rounds": 1})
+    config.write_text(yaml.safe_dump({"job": short.model_dump(mode="json")}))
+    options = ("--sites", "2", "--data", str(sites), "--out", str(out), "--config", str(config))
+    refused = run_command("simulate", "run", *options)
+    _, errors = refused.communicate(timeout=120)
+    assert refused.returncode == 1
+    assert "--no-privacy" in errors
+    assert not out.exists()
+    process = run_command("simulate", "run", *options, "--no-privacy")
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    assert "NO PRIVACY" in output
+    assert "NO PRIVACY" in errors
+    assert "NO PRIVACY" in (out / "report.html").read_text()
+    assert json.loads((out / "summary.json").read_text())["private"] is False
 
 
 def _heed_interrupts() -> None:
@@ -100,7 +163,7 @@ def test_ctrl_c_leaves_a_readable_folder_and_no_process(sites: Path, tmp_path: P
     config.write_text(yaml.safe_dump(long.model_dump(mode="json")))
     out = tmp_path / "run"
     command = ("simulate", "run", "--sites", "2", "--data", str(sites), "--out", str(out))
-    process = run_command(*command, "--config", str(config))
+    process = run_command(*command, "--config", str(config), "--no-privacy")
     deadline = time.monotonic() + 120
     while not any(event["event"] == "round" for event in RunFolder(out).events()):
         assert process.poll() is None, process.stderr and process.stderr.read()
@@ -125,7 +188,7 @@ def test_same_seed_gives_the_same_model(sites: Path, tmp_path: Path) -> None:
     hashes = []
     for name, workers in (("first", 1), ("second", 2)):
         folder = RunFolder.create(tmp_path / name, JOB)
-        with flower_process(folder.root, choose_sites(sites, 2, None), workers) as process:
+        with flower_process(folder.root, choose_sites(sites, 2, CohortQuery()), workers) as process:
             assert process.wait(180) == 0, (folder.root / "flower.log").read_text()
         hashes.append([e["model_sha256"] for e in folder.events() if e["event"] == "round"])
     assert hashes[0] == hashes[1]
@@ -134,24 +197,24 @@ def test_same_seed_gives_the_same_model(sites: Path, tmp_path: Path) -> None:
 
 def test_too_few_sites_are_refused(sites: Path) -> None:
     with pytest.raises(DataError, match="holds 2 sites, not 3"):
-        choose_sites(sites, 3, None)
+        choose_sites(sites, 3, CohortQuery())
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        choose_sites(tmp_path / "nowhere", 1, None)
+        choose_sites(tmp_path / "nowhere", 1, CohortQuery())
     with pytest.raises(DataError, match="holds no site store"):
-        choose_sites(tmp_path, 1, None)
+        choose_sites(tmp_path, 1, CohortQuery())
 
 
 def test_a_site_with_an_empty_part_is_refused(make_site: Callable[..., Path]) -> None:
     store = make_site("lone", 3, fractions=SplitFractions(1, 0, 0))
     with pytest.raises(DataError, match="lone has no validation patient"):
-        choose_sites(store.parent, 1, None)
+        choose_sites(store.parent, 1, CohortQuery())
 
 
 def test_origin_names_what_the_data_are(sites: Path) -> None:
-    assert data_origin(choose_sites(sites, 2, None)) == "simulated"
+    assert data_origin(choose_sites(sites, 2, CohortQuery())) == "simulated"
 
 
 def test_a_failed_run_says_so_in_its_folder(sites: Path, tmp_path: Path) -> None:
@@ -160,14 +223,14 @@ def test_a_failed_run_says_so_in_its_folder(sites: Path, tmp_path: Path) -> None
     sampling = JOB.sampling.model_copy(update={"acs_lines": 60})
     config = CONFIG.model_copy(update={"job": JOB.model_copy(update={"sampling": sampling})})
     with pytest.raises(FederationError, match="0 of at least 1 sites"):
-        simulate(SimulationRequest(config, 2, out, sites), SilentProgress())
+        simulate(request(config, out, sites), SilentProgress())
     assert json.loads((out / "summary.json").read_text())["status"] == "failed"
     assert "failed" in (out / "report.html").read_text()
 
 
 def test_wrong_data_leaves_no_run_folder(sites: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError):
-        simulate(SimulationRequest(CONFIG, 9, tmp_path / "run", sites), SilentProgress())
+        simulate(SimulationRequest(PRIVATE, 9, tmp_path / "run", sites), SilentProgress())
     assert not (tmp_path / "run").exists()
 
 

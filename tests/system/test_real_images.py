@@ -36,7 +36,8 @@ def test_two_sites_train_on_real_images(tmp_path: Path) -> None:
     changes = {"rounds": 1, "training": training, "model": ModelSpec(text_encoder="hashed")}
     config = config.model_copy(update={"job": config.job.model_copy(update=changes)})
     out = tmp_path / "run"
-    simulate(SimulationRequest(config, 2, out, tmp_path / "sites"), SilentProgress())
+    request = SimulationRequest(config, 2, out, tmp_path / "sites", private=False)
+    simulate(request, SilentProgress())
 
     result = json.loads((out / "summary.json").read_text())
     assert result["status"] == "finished"

@@ -1,4 +1,4 @@
-"""`fedcmr data`: import scans into a site store, list, show, verify and divide them."""
+"""`fedcmr data`: import scans into a site store, list, show, verify, divide and erase them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 import click
 
@@ -15,6 +15,7 @@ from fedcmr_shared.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
     from fedcmr_client.importers import ImportSummary
+    from fedcmr_client.ledger import Ledger
     from fedcmr_client.store.site_store import Problem, ScanRecord, SiteStore
     from fedcmr_client.store.split import Split
 
@@ -26,6 +27,18 @@ store_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
     show_envvar=True,
     type=click.Path(path_type=Path),
     help="Folder of the site store.",
+)
+name_option: Callable[[Callable[..., Any]], Callable[..., Any]] = click.option(
+    "--name",
+    "by_name",
+    is_flag=True,
+    help="PATIENT is the name in the files, after the patient map, not a pseudonym.",
+)
+
+_CANNOT_UNDO: Final = (
+    "models already trained keep what they learned, under the privacy of their jobs",
+    "updates and scores of earlier rounds stay with those who got them and may be sent again",
+    "backups of the store, and the files that were imported: erase the patient there yourself",
 )
 
 
@@ -69,6 +82,11 @@ def data() -> None:
     default=(0.75, 0.75),
     help="Acquired part of an image matrix, phase and readout, where no header says so.",
 )
+@click.option(
+    "--consent",
+    type=click.Choice(["given", "refused"]),
+    help="What these patients decided; a refusal on record stays. Unknown when left out.",
+)
 @json_option
 def import_(
     path: Path,
@@ -84,6 +102,7 @@ def import_(
     snr: float,
     seed: int,
     acquired_fraction: tuple[float, float],
+    consent: str | None,
     as_json: bool,
 ) -> None:
     """Import the file PATH, or everything below the folder PATH; a new store is made if needed.
@@ -105,6 +124,7 @@ def import_(
         snr=snr,
         seed=seed,
         acquired_fraction=acquired_fraction,
+        consent=None if consent is None else consent == "given",
     )
     with _open_or_create(root) as store:
         summary = import_path(store, path, format_, options)
@@ -131,8 +151,8 @@ def list_(root: Path, split: Split | None, modalities: tuple[str, ...], as_json:
         print_json([_as_json(record) for record in records])
         return
     rows = [{**vars(record), **_described(record)} for record in records]
-    columns = ("scan_id", "patient", "split", "modality", "view", "scanner", "size", "origin")
-    print_table(f"{len(records)} scans in {root}", rows, columns)
+    columns = ("scan_id", "patient", "split", "consent", "modality", "view", "scanner", "size")
+    print_table(f"{len(records)} scans in {root}", rows, (*columns, "origin"))
 
 
 @data.command()
@@ -157,6 +177,7 @@ def show(scan: str, root: Path, as_json: bool) -> None:
     facts = {
         "patient": record.patient,
         "split": record.split,
+        "consent": _consent(record),
         "file": record.path,
         "digest": record.digest,
         **known,
@@ -230,6 +251,123 @@ def split(
         click.echo(f"warning: no patient is in the {name} part: change the shares", err=True)
 
 
+@data.command()
+@click.argument("patients", metavar="[PATIENT]...", nargs=-1)
+@store_option
+@name_option
+@click.option("--given/--refused", default=None, help="What the patients decided.")
+@click.option(
+    "--file", "listed", type=click.File(), help="Text file, one PATIENT a line; - for the input."
+)
+@json_option
+def consent(
+    patients: tuple[str, ...],
+    root: Path,
+    by_name: bool,
+    given: bool | None,
+    listed: TextIO | None,
+    as_json: bool,
+) -> None:
+    """Record whether each PATIENT consents: all of them, or none when one is unknown.
+
+    No job uses a patient who refused; whether one whose consent is unknown may be used is for the
+    site's policy to say.
+    """
+    from fedcmr_client.store.site_store import SiteStore
+
+    if given is None:
+        raise click.UsageError("say what the patients decided: --given or --refused")
+    wanted = [*patients, *_read_lines(listed)]
+    if not wanted:
+        raise click.UsageError("name at least one PATIENT, or give a list with --file")
+    with SiteStore.open(root) as store:
+        chosen = {store.pseudonym(name) if by_name else name for name in wanted}
+        store.set_consent(chosen, given)
+    decision = "given" if given else "refused"
+    if as_json:
+        print_json({"consent": decision, "patients": sorted(chosen)})
+    else:
+        click.echo(f"{root}: consent {decision} by {len(chosen)} patients")
+
+
+@data.command()
+@click.argument("patient")
+@store_option
+@name_option
+@click.option(
+    "--policy",
+    envvar="FEDCMR_POLICY",
+    show_envvar=True,
+    type=click.Path(path_type=Path),
+    help="Policy of the site, which says where its privacy ledger is; policy.yaml in the current "
+    "folder if there is one.",
+)
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@json_option
+def withdraw(
+    patient: str, root: Path, by_name: bool, policy: Path | None, yes: bool, as_json: bool
+) -> None:
+    """Erase all scans of PATIENT for good; nothing of them is imported or used again.
+
+    The ledger keeps what the patient was charged and leaves them out of every later job. The
+    command can be repeated, which finishes a withdrawal that was cut off.
+    """
+    from contextlib import ExitStack
+
+    from fedcmr_client.store.site_store import SiteStore
+
+    here = Path("policy.yaml")
+    policy = policy or (here if here.exists() else None)
+    with ExitStack() as stack:
+        store = stack.enter_context(SiteStore.open(root))
+        pseudonym = store.pseudonym(patient) if by_name else patient
+        scans = store.scans_of(pseudonym)
+        ledger = None if policy is None else stack.enter_context(_open_ledger(policy, root))
+        question = f"Erase {len(scans)} scans of {pseudonym}? This cannot be undone"
+        if not (yes or click.confirm(question, err=True)):
+            raise DataError(f"{pseudonym}: not confirmed, nothing was changed")
+        # The ledger comes first: from here on no job can use the patient, whatever happens next.
+        if ledger is not None:
+            ledger.withdraw(pseudonym)
+        erased = store.withdraw(pseudonym)
+    _print_withdrawal(pseudonym, erased, policy, as_json=as_json)
+
+
+def _open_ledger(policy: Path, root: Path) -> Ledger:
+    from fedcmr_client.site_home import SiteHome
+
+    home = SiteHome.open(policy)
+    if home.policy.store != root.resolve():
+        message = f"use the --store of the policy, {home.policy.store}"
+        raise ConfigurationError(f"policy {policy} is not that of {root}: {message}")
+    return home.open_ledger()
+
+
+def _print_withdrawal(patient: str, scans: int, policy: Path | None, *, as_json: bool) -> None:
+    if as_json:
+        found = None if policy is None else str(policy)
+        values = {"patient": patient, "scans": scans, "policy": found, "not_undone": _CANNOT_UNDO}
+        print_json(values)
+        return
+    click.echo(f"{patient}: {scans} scans erased")
+    if policy is None:
+        click.echo("No ledger was touched. Does the site have one? Repeat this with its --policy.")
+    else:
+        click.echo("The ledger keeps the charges and leaves the patient out of every later job.")
+    click.echo("This cannot undo:")
+    for line in _CANNOT_UNDO:
+        click.echo(f"- {line}")
+
+
+def _read_lines(file: TextIO | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        return [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file.name}: not a text file with one patient a line") from error
+
+
 def _open_or_create(root: Path) -> SiteStore:
     from fedcmr_client.store.site_store import SiteStore
 
@@ -300,13 +438,24 @@ def _check_scans(store: SiteStore, records: list[ScanRecord]) -> list[Problem]:
 
 
 def _as_json(record: ScanRecord) -> dict[str, Any]:
-    return {**vars(record), "path": str(record.path), "metadata": record.metadata.model_dump()}
+    metadata = record.metadata.model_dump(mode="json")
+    return {
+        **vars(record),
+        "consent": _consent(record),
+        "path": str(record.path),
+        "metadata": metadata,
+    }
+
+
+def _consent(record: ScanRecord) -> str | None:
+    return None if record.consent is None else "given" if record.consent else "refused"
 
 
 def _described(record: ScanRecord) -> dict[str, Any]:
     m = record.metadata
     field = None if m.field_strength_t is None else f"{m.field_strength_t:g} T"
     return {
+        "consent": _consent(record),
         "modality": m.modality,
         "view": m.view,
         "scanner": " ".join(part for part in (m.vendor, m.scanner, field) if part) or None,

@@ -197,7 +197,7 @@ def _import_scan(store: SiteStore, scan: ScanSource | Refusal, options: ImportOp
         return ImportRow(scan.source, "failed", reason=str(scan.error))
     named = replace(scan, patient=options.canonical(scan.patient))
     try:
-        record = store.add(named)
+        record = store.add(named, consent=options.consent)
     except AlreadyImported as error:
         return ImportRow(scan.source, "skipped", reason=str(error))
     except DataError as error:

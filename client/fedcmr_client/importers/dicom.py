@@ -30,6 +30,7 @@ from fedcmr_client.importers.interface import (
     ImportOptions,
     Refusal,
     build_metadata,
+    calendar_day,
     positive,
 )
 from fedcmr_client.importers.synthesis import MagnitudeStack, Synthesis, acquired_matrix
@@ -231,6 +232,8 @@ def _is_dicom(path: Path) -> bool:
 _WANTED: Final = [
     "SOPClassUID",
     "Modality",
+    "AcquisitionDate",
+    "StudyDate",
     "Manufacturer",
     "ManufacturerModelName",
     "MagneticFieldStrength",
@@ -367,6 +370,8 @@ def _header_fields(header: pydicom.Dataset) -> dict[str, Any]:
         "echo_time_ms": positive(header.get("EchoTime")),
         "flip_angle_deg": positive(header.get("FlipAngle")),
         "heart_rate_bpm": positive(header.get("HeartRate")),
+        "acquired_on": calendar_day(header.get("AcquisitionDate"))
+        or calendar_day(header.get("StudyDate")),
     }
 
 

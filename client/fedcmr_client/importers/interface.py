@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -23,6 +24,7 @@ SETTABLE: Final = (
     "centre",
     "life_span",
     "diseases",
+    "acquired_on",
     "readout_oversampling",
     "pixel_spacing_mm",
     "slice_thickness_mm",
@@ -49,7 +51,7 @@ class ImportOptions:
     that sources use to one canonical name per patient; it is applied before pseudonyms are made.
     ``metadata`` fills fields of AcquisitionMetadata that a file leaves out (see `SETTABLE`); it
     never overrides a file. ``label_names`` gives the meaning of the values of NIfTI label maps,
-    background first.
+    background first. ``consent`` is recorded for every patient of the import; see `SiteStore.add`.
 
     ``coils``, ``snr`` and ``seed`` steer the synthesis of k-space from magnitude images, and
     ``acquired_fraction`` says which part of the stored matrix (phase, readout) was acquired where
@@ -64,6 +66,7 @@ class ImportOptions:
     snr: float = 30.0
     seed: int = 0
     acquired_fraction: tuple[float, float] = (0.75, 0.75)
+    consent: bool | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.metadata) - set(SETTABLE))
@@ -142,3 +145,11 @@ def positive(value: object) -> float | None:
     except ValueError:
         return None
     return number if number > 0 and math.isfinite(number) else None
+
+
+def calendar_day(value: object) -> date | None:
+    """``value`` (2024-05-01, or 20240501 as in DICOM) as a date, or None when it is none."""
+    try:
+        return date.fromisoformat(str(value)[:10])
+    except ValueError:
+        return None

@@ -7,7 +7,7 @@ from typing import Any, Final
 import ismrmrd.xsd
 
 from fedcmr_client.importers import wording
-from fedcmr_client.importers.interface import positive
+from fedcmr_client.importers.interface import calendar_day, positive
 from fedcmr_shared.errors import DataError
 
 # The XML library raises any of these for broken or foreign documents.
@@ -51,7 +51,10 @@ def header_fields(header: Any) -> dict[str, Any]:
         fields["repetition_time_ms"] = _single(sequence.TR)
         fields["echo_time_ms"] = _single(sequence.TE)
         fields["flip_angle_deg"] = _single(sequence.flipAngle_deg)
-    measurement = header.measurementInformation
+    measurement, study = header.measurementInformation, header.studyInformation
+    fields["acquired_on"] = calendar_day(getattr(measurement, "seriesDate", None)) or calendar_day(
+        getattr(study, "studyDate", None)
+    )
     if measurement is not None and measurement.protocolName:
         fields["modality"] = wording.modality(measurement.protocolName)
         fields["view"] = wording.view(measurement.protocolName)

@@ -24,6 +24,7 @@ from sqlalchemy import (
     Text,
     create_engine,
     event,
+    false,
 )
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError
@@ -63,11 +64,17 @@ class SiteRow(Base):
 
 
 class PatientRow(Base):
-    """One patient over all visits, modalities and views."""
+    """One patient over all visits, modalities and views.
+
+    ``consent`` is None until somebody says what the patient decided. The row of a withdrawn
+    patient stays, so that nothing of theirs is imported again.
+    """
 
     __tablename__ = "patients"
 
     pseudonym: Mapped[str] = mapped_column(String(28), primary_key=True)
+    consent: Mapped[bool | None]
+    withdrawn: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
 class ScanRow(Base):
@@ -106,7 +113,7 @@ def connect(url: URL) -> Engine:
         message = "install fedcmr[postgresql]"
         raise DataError(f"no driver for {url.drivername}: {message}") from error
     if sqlite:
-        event.listen(engine, "connect", _enforce_foreign_keys)
+        event.listen(engine, "connect", _set_up_sqlite)
     return engine
 
 
@@ -161,8 +168,10 @@ def _migrate(engine: Engine, *, may_create: bool) -> None:
         raise DataError(f"catalogue {engine.url!r}: {_reason(error)}") from error
 
 
-def _enforce_foreign_keys(connection: Any, _record: object) -> None:
+def _set_up_sqlite(connection: Any, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
+    # What is deleted is overwritten, so that a withdrawn patient's rows are really gone.
+    connection.execute("PRAGMA secure_delete = ON")
 
 
 def _reason(error: DBAPIError) -> str:

@@ -9,27 +9,28 @@
 
 A scan's row and its file appear together: the row is inserted, the finished file gets its name,
 then the row is committed. Several processes may import into one store at the same time.
+
+A withdrawn patient is marked first, then files and rows go; opening a store finishes what was cut
+off. The mark stays, so that nothing of the patient is imported again.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import tomllib
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from sqlalchemy import Engine, select
-from sqlalchemy.engine import URL
+from sqlalchemy import Engine, Select, delete, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from fedcmr_client.store import catalogue, pseudonyms
+from fedcmr_client.store import catalogue, pseudonyms, settings
 from fedcmr_client.store.catalogue import PatientRow, ScanRow, SiteRow
+from fedcmr_client.store.cohort import CohortFilter
 from fedcmr_client.store.scan_file import (
     PARTIAL_SUFFIX,
     ScanFile,
@@ -42,22 +43,22 @@ from fedcmr_client.store.scan_file import (
 from fedcmr_client.store.split import SPLITS, Split, SplitFractions, split_of, split_position
 from fedcmr_shared.errors import AlreadyImported, DataError
 from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
+from fedcmr_shared.schemas.job import CohortQuery
 
-CATALOGUE_URL_VARIABLE: Final = "FEDCMR_CATALOGUE_URL"
-"""Environment variable that overrides the stored catalogue URL, password included."""
-
-_SETTINGS: Final = "site.toml"
 _SECRET: Final = "site.secret"
-_CATALOGUE: Final = "catalogue.sqlite"
-_FORMAT: Final = "1"
 _SCAN_ID_LENGTH: Final = 16
 # Two imports can meet in the same new patient or the same scan; the loser looks again.
 _ATTEMPTS: Final = 3
+# SQLite takes 32766 values in a statement, PostgreSQL twice as many.
+_NAMES_PER_STATEMENT: Final = 10_000
 
 
 @dataclass(frozen=True)
 class ScanRecord:
-    """One scan of the catalogue; ``patient`` is a pseudonym, ``digest`` that of the samples."""
+    """One scan of the catalogue; ``patient`` is a pseudonym, ``digest`` that of the samples.
+
+    ``consent`` is the patient's: given, refused, or None when it is not known.
+    """
 
     scan_id: str
     patient: str
@@ -66,6 +67,7 @@ class ScanRecord:
     split: Split
     digest: str
     has_truth: bool
+    consent: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,11 @@ class Problem:
     """Something that `SiteStore.verify` found wrong.
 
     *corrupt*: a file that differs from what was imported; *missing*: a row without a file;
-    *orphan*: a file without a row; *partial*: rest of an import that was cut off.
+    *orphan*: a file without a row; *partial*: rest of an import that was cut off; *withdrawn*: a
+    file of a patient who withdrew.
     """
 
-    kind: Literal["corrupt", "missing", "orphan", "partial"]
+    kind: Literal["corrupt", "missing", "orphan", "partial", "withdrawn"]
     path: Path
     message: str
 
@@ -101,21 +104,21 @@ class SiteStore:
         catalogue holds another site, or when either cannot be written.
         """
         root = Path(root).absolute()
-        if (root / _SETTINGS).exists():
+        if settings.is_store(root):
             raise DataError(f"{root} is a site store already: open it or choose another folder")
-        url = _catalogue_url(root, database_url)
+        url = settings.catalogue_url(root, database_url)
         with _disk_errors(root), ExitStack() as undo:
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
             (root / "scans").mkdir(exist_ok=True)
             secret = pseudonyms.create_secret(root / _SECRET, secret)
             undo.callback((root / _SECRET).unlink)
             engine = catalogue.connect(url)
-            if not (root / _CATALOGUE).exists():
-                undo.callback((root / _CATALOGUE).unlink, missing_ok=True)
+            if not settings.catalogue_file(root).exists():
+                undo.callback(settings.catalogue_file(root).unlink, missing_ok=True)
             catalogue.create_tables(engine)
             _register_site(engine, secret)
             # The settings come last: a folder without them is not a store.
-            _write_settings(root, url)
+            settings.write(root, url)
             undo.pop_all()
         return cls(root, secret, engine)
 
@@ -123,14 +126,16 @@ class SiteStore:
     def open(cls, root: Path | str) -> Self:
         """Open the store in ``root`` and update its catalogue's tables if they are older.
 
-        Raises DataError when ``root`` is not a store, or when the secret or the catalogue is
-        absent, damaged or that of another site.
+        A withdrawal that was cut off is finished. Raises DataError when ``root`` is not a store,
+        when the secret or the catalogue is absent, damaged or that of another site, or when a
+        withdrawn patient's files cannot be erased.
         """
         root = Path(root).absolute()
-        url = _catalogue_url(root, _read_settings(root).get("database_url"))
+        url = settings.catalogue_url(root, settings.read(root).get("database_url"))
         secret = pseudonyms.read_secret(root / _SECRET)
-        if url == _default_url(root) and not (root / _CATALOGUE).is_file():
-            raise DataError(f"{root / _CATALOGUE} is missing: restore it from backup")
+        file = settings.catalogue_file(root)
+        if url == settings.default_url(root) and not file.is_file():
+            raise DataError(f"{file} is missing: restore it from backup")
         engine = catalogue.connect(url)
         catalogue.update_tables(engine)
         with catalogue.transaction(engine) as session:
@@ -138,7 +143,13 @@ class SiteStore:
             if site.secret_fingerprint != pseudonyms.fingerprint(secret):
                 message = "the catalogue was made with another secret: restore the right one"
                 raise DataError(f"{root / _SECRET}: {message}")
-        return cls(root, secret, engine)
+            unfinished = session.scalars(
+                select(ScanRow.patient).join(PatientRow).where(PatientRow.withdrawn).distinct()
+            ).all()
+        store = cls(root, secret, engine)
+        for patient in unfinished:
+            store._erase(patient)
+        return store
 
     def __enter__(self) -> Self:
         return self
@@ -150,13 +161,20 @@ class SiteStore:
         """Release the catalogue."""
         self._engine.dispose()
 
-    def add(self, source: ScanSource) -> ScanRecord:
+    def pseudonym(self, name: str) -> str:
+        """Pseudonym of the patient whom sources call ``name``; DataError when it is empty."""
+        return pseudonyms.pseudonym(self._secret, name)
+
+    def add(self, source: ScanSource, *, consent: bool | None = None) -> ScanRecord:
         """Store one scan; nothing of it remains when that fails.
 
+        ``consent`` is recorded with it, also for a scan that the store holds already; an earlier
+        refusal stays until `set_consent` lifts it.
         Raises AlreadyImported when the store holds the same samples, and DataError when it holds
-        them under another patient or when ``source`` cannot be stored (see `staged_scan`).
+        them under another patient, when the patient withdrew or when ``source`` cannot be stored
+        (see `staged_scan`).
         """
-        patient = pseudonyms.pseudonym(self._secret, source.patient)
+        patient = self.pseudonym(source.patient)
         with staged_scan(self.root / "scans", source) as staged:
             row = {
                 "scan_id": staged.digest[:_SCAN_ID_LENGTH],
@@ -168,22 +186,25 @@ class SiteStore:
             }
             for attempt in range(1, _ATTEMPTS + 1):
                 try:
-                    self._commit(source.source or "scan", staged, row)
+                    record = self._commit(source.source or "scan", staged, row, consent)
                     break
+                except AlreadyImported:
+                    with catalogue.transaction(self._engine) as session:
+                        _admit_patient(session, source.source or "scan", patient, consent)
+                    raise
                 except IntegrityError as error:
                     # Once the file has its name, there is nothing left to try again with.
                     if attempt == _ATTEMPTS or not staged.path.exists():
                         message = "the catalogue kept refusing the scan: import it again"
                         raise DataError(f"{source.source or 'scan'}: {message}") from error
-        return self.scan(str(row["scan_id"]))
+        return record
 
     def scan(self, scan_id: str) -> ScanRecord:
         """Return one scan; DataError when there is none of that name."""
-        with catalogue.transaction(self._engine) as session:
-            row = session.get(ScanRow, scan_id)
-            if row is None:
-                raise DataError(f"{self.root} has no scan {scan_id}: see `fedcmr data list`")
-            return self._record(row, _fractions(_site(session)))
+        records = self._records(select(ScanRow).where(ScanRow.scan_id == scan_id))
+        if not records:
+            raise DataError(f"{self.root} has no scan {scan_id}: see `fedcmr data list`")
+        return records[0]
 
     def scans(
         self, split: Split | None = None, modalities: Collection[str] | None = None
@@ -192,18 +213,82 @@ class SiteStore:
         query = select(ScanRow).order_by(ScanRow.patient, ScanRow.scan_id)
         if modalities is not None:
             query = query.where(ScanRow.modality.in_(modalities))
+        return [record for record in self._records(query) if split in (None, record.split)]
+
+    def scans_of(self, patient: str) -> list[ScanRecord]:
+        """Scans of one patient (a pseudonym), none of a withdrawn one; DataError if unknown."""
         with catalogue.transaction(self._engine) as session:
-            fractions = _fractions(_site(session))
-            records = [self._record(row, fractions) for row in session.scalars(query)]
-        return [record for record in records if split in (None, record.split)]
+            if session.get(PatientRow, patient) is None:
+                raise self._no_patient(patient)
+        query = select(ScanRow).where(ScanRow.patient == patient).order_by(ScanRow.scan_id)
+        return self._records(query)
+
+    def cohort(
+        self,
+        split: Split,
+        query: CohortQuery,
+        *,
+        require_consent: bool = False,
+        modalities: Collection[str] | None = None,
+        acquired_from: date | None = None,
+        acquired_until: date | None = None,
+    ) -> list[ScanRecord]:
+        """Scans of one part that both a job's ``query`` and the site's own limits admit, sorted.
+
+        Whoever refused consent is never among them; with ``require_consent`` only those are who
+        gave it. Dates are inclusive, and a limit leaves out what is not known (see CohortFilter).
+        """
+        asked = CohortFilter.of(query)
+        allowed = CohortFilter(
+            modalities=modalities, acquired_from=acquired_from, acquired_until=acquired_until
+        )
+        consents = (True,) if require_consent else (True, None)
+        return [
+            record
+            for record in self.scans(split)
+            if record.consent in consents
+            and asked.admits(record.metadata)
+            and allowed.admits(record.metadata)
+        ]
 
     def patients(self, split: Split | None = None) -> list[str]:
-        """Pseudonyms of all patients, or of one part, sorted."""
+        """Pseudonyms of all patients, or of one part, sorted; withdrawn ones are left out."""
         with catalogue.transaction(self._engine) as session:
             fractions = _fractions(_site(session))
-            names = session.scalars(select(PatientRow.pseudonym)).all()
+            names = _pseudonyms(session, withdrawn=False)
         # Sorted here because databases order text by their own rules.
         return sorted(name for name in names if split in (None, self._split(name, fractions)))
+
+    def set_consent(self, patients: Collection[str], given: bool) -> None:
+        """Record what patients (pseudonyms) decided, all of them or none.
+
+        Raises DataError when one of them is not in the store or withdrew.
+        """
+        chosen = sorted(set(patients))
+        with catalogue.transaction(self._engine) as session:
+            unknown = set(chosen) - _pseudonyms(session, withdrawn=False)
+            if unknown:
+                raise self._no_patient(min(unknown))
+            for start in range(0, len(chosen), _NAMES_PER_STATEMENT):
+                some = chosen[start : start + _NAMES_PER_STATEMENT]
+                session.execute(
+                    update(PatientRow).where(PatientRow.pseudonym.in_(some)).values(consent=given)
+                )
+
+    def withdraw(self, patient: str) -> int:
+        """Erase all scans of ``patient`` (a pseudonym) for good and return their number.
+
+        From the first commit on the patient is in no list and no cohort, and nothing of theirs can
+        be imported; a crash after it leaves files and rows for the next `open` to erase. Repeating
+        it erases files that have come back. Raises DataError when the store never had the patient
+        or a file cannot be erased.
+        """
+        with catalogue.transaction(self._engine) as session:
+            row = session.get(PatientRow, patient)
+            if row is None:
+                raise self._no_patient(patient)
+            row.withdrawn = True
+        return self._erase(patient)
 
     @property
     def split_fractions(self) -> SplitFractions:
@@ -248,10 +333,14 @@ class SiteStore:
     def strays(self) -> list[Problem]:
         """Files below ``scans`` that no row of the catalogue names, sorted."""
         known = {record.path for record in self.scans()}
+        with catalogue.transaction(self._engine) as session:
+            withdrawn = _pseudonyms(session, withdrawn=True)
         files = sorted(path for path in (self.root / "scans").rglob("*") if path.is_file())
-        return [_stray(path) for path in files if path not in known]
+        return [_stray(path, withdrawn) for path in files if path not in known]
 
-    def _commit(self, name: str, staged: StagedScan, row: dict[str, Any]) -> None:
+    def _commit(
+        self, name: str, staged: StagedScan, row: dict[str, Any], consent: bool | None
+    ) -> ScanRecord:
         path = self._path(row["patient"], row["scan_id"])
         with ExitStack() as undo:
             with catalogue.transaction(self._engine) as session:
@@ -259,15 +348,38 @@ class SiteStore:
                 if session.get(PatientRow, row["patient"]) is None:
                     session.add(PatientRow(pseudonym=row["patient"]))
                     session.flush()
-                session.add(ScanRow(**row))
+                added = ScanRow(**row)
+                session.add(added)
                 session.flush()
+                patient = _admit_patient(session, name, row["patient"], consent)
+                record = self._record(added, patient.consent, _fractions(_site(session)))
                 with _disk_errors(path):
                     _make_folder(path.parent)
                     undo.callback(path.unlink, missing_ok=True)
                     staged.publish(path)
             undo.pop_all()
+        return record
 
-    def _record(self, row: ScanRow, fractions: SplitFractions) -> ScanRecord:
+    def _erase(self, patient: str) -> int:
+        """Erase files, then rows: as long as a row is left, `open` knows that there is work."""
+        folder = self.root / "scans" / patient
+        with _disk_errors(folder, "erased"), suppress(FileNotFoundError):
+            for path in folder.iterdir():
+                path.unlink(missing_ok=True)
+            folder.rmdir()
+            sync(folder.parent)
+        with catalogue.transaction(self._engine) as session:
+            rows = delete(ScanRow).where(ScanRow.patient == patient).returning(ScanRow.scan_id)
+            return len(session.scalars(rows).all())
+
+    def _records(self, query: Select[ScanRow]) -> list[ScanRecord]:
+        admitted = query.join(PatientRow).where(~PatientRow.withdrawn)
+        with catalogue.transaction(self._engine) as session:
+            fractions = _fractions(_site(session))
+            rows = session.execute(admitted.add_columns(PatientRow.consent))
+            return [self._record(row, consent, fractions) for row, consent in rows]
+
+    def _record(self, row: ScanRow, consent: bool | None, fractions: SplitFractions) -> ScanRecord:
         return ScanRecord(
             scan_id=row.scan_id,
             patient=row.patient,
@@ -276,62 +388,18 @@ class SiteStore:
             split=self._split(row.patient, fractions),
             digest=row.digest,
             has_truth=row.has_truth,
+            consent=consent,
         )
+
+    def _no_patient(self, patient: str) -> DataError:
+        message = "see `fedcmr data list`, or add --name if this is the name in the files"
+        return DataError(f"{self.root} has no patient {patient}: {message}")
 
     def _path(self, patient: str, scan_id: str) -> Path:
         return self.root / "scans" / patient / f"{scan_id}.h5"
 
     def _split(self, patient: str, fractions: SplitFractions) -> Split:
         return split_of(split_position(self._secret, patient), fractions)
-
-
-def _default_url(root: Path) -> URL:
-    return URL.create("sqlite", database=str(root / _CATALOGUE))
-
-
-def _catalogue_url(root: Path, named: str | None) -> URL:
-    text = os.environ.get(CATALOGUE_URL_VARIABLE) or named
-    return catalogue.parse_url(text) if text else _default_url(root)
-
-
-def _read_settings(root: Path) -> dict[str, str]:
-    path = root / _SETTINGS
-    if not path.is_file():
-        message = "`fedcmr data import` makes one"
-        raise DataError(f"{root} is not a site store (no {_SETTINGS}): {message}")
-    try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # text and TOML errors are ValueErrors
-        raise DataError(f"{path}: cannot be read: {error}") from error
-    if settings.get("format") != _FORMAT or not all(isinstance(v, str) for v in settings.values()):
-        raise DataError(f'{path}: not the settings of a site store (format = "{_FORMAT}")')
-    return settings
-
-
-def _write_settings(root: Path, url: URL) -> None:
-    lines = [f'format = "{_FORMAT}"']
-    if url != _default_url(root):
-        stored = _without_password(url).render_as_string(hide_password=False)
-        # A JSON string is also a TOML string.
-        lines.append(f"database_url = {json.dumps(stored)}")
-    path = root / _SETTINGS
-    with path.open("x", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync(root)
-
-
-def _without_password(url: URL) -> URL:
-    # URL.set takes None for "as it is".
-    return URL.create(
-        url.drivername,
-        username=url.username,
-        host=url.host,
-        port=url.port,
-        database=url.database,
-        query=url.difference_update_query(["password"]).query,
-    )
 
 
 def _register_site(engine: Engine, secret: bytes) -> None:
@@ -374,12 +442,34 @@ def _refuse_duplicate(session: Session, name: str, row: dict[str, Any]) -> None:
     )
 
 
+def _pseudonyms(session: Session, *, withdrawn: bool) -> set[str]:
+    query = select(PatientRow.pseudonym).where(PatientRow.withdrawn == withdrawn)
+    return set(session.scalars(query))
+
+
+def _admit_patient(session: Session, name: str, patient: str, consent: bool | None) -> PatientRow:
+    """Refuse a withdrawn patient, and record consent unless that would lift a refusal.
+
+    The lock (in SQLite that of the insertion before) holds off a withdrawal until this transaction
+    is over; the withdrawal then finds row and file and erases them.
+    """
+    query = (
+        select(PatientRow).where(PatientRow.pseudonym == patient).with_for_update(key_share=True)
+    )
+    row = session.scalars(query.execution_options(populate_existing=True)).one()
+    if row.withdrawn:
+        raise DataError(f"{name}: patient {patient} withdrew: leave their files out of the import")
+    if consent is not None and row.consent is not False:
+        row.consent = consent
+    return row
+
+
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path, task: str = "made") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be made: {error.strerror or error}") from error
+        raise DataError(f"{path}: cannot be {task}: {error.strerror or error}") from error
 
 
 def _make_folder(folder: Path) -> None:
@@ -388,7 +478,10 @@ def _make_folder(folder: Path) -> None:
         sync(folder.parent)
 
 
-def _stray(path: Path) -> Problem:
+def _stray(path: Path, withdrawn: Collection[str]) -> Problem:
+    if path.parent.name in withdrawn:
+        message = f"the patient withdrew: repeat `fedcmr data withdraw {path.parent.name}`"
+        return Problem("withdrawn", path, message)
     if path.name.endswith(PARTIAL_SUFFIX):
         message = "rest of an import that was cut off (or still runs): delete it"
         return Problem("partial", path, message)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -20,8 +19,7 @@ from torch import Tensor
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.schemas.job import JobSpec
-
-RefusalCode = Literal["configuration", "data", "model", "federation"]
+from fedcmr_shared.schemas.refusals import REFUSAL_CODES, RefusalCode
 
 _ARRAYS = "arrays"
 _HEADER = "header"
@@ -68,13 +66,17 @@ class Task:
 
 @dataclass(frozen=True)
 class Update:
-    """A site's answer to `train`: trained minus received value of each trainable parameter."""
+    """A site's answer to `train`: trained minus received value of each trained parameter.
+
+    ``loss`` exists without privacy only: a training loss is a function of the data that no
+    accounting covers.
+    """
 
     site: str
     round: int
     model_sha256: str
     delta: Mapping[str, Tensor]
-    loss: float
+    loss: float | None = None
 
     def pack(self) -> RecordDict:
         """Return the content of a Flower message."""
@@ -82,7 +84,7 @@ class Update:
             {
                 _HEADER: _answer_header(self.site, self.round, self.model_sha256),
                 _ARRAYS: _arrays(self.delta),
-                _METRICS: MetricRecord({"loss": self.loss}),
+                _METRICS: MetricRecord({} if self.loss is None else {"loss": self.loss}),
             }
         )
 
@@ -137,9 +139,7 @@ def unpack_answer(content: RecordDict) -> Update | Scores | Refusal:
     model_sha256 = str(header["model-sha256"])
     if _ARRAYS not in content.array_records:
         return Scores(site, _round(header), model_sha256, values)
-    if "loss" not in values:
-        raise FederationError(f"the update of site {site} has no loss")
-    return Update(site, _round(header), model_sha256, _state(content), values["loss"])
+    return Update(site, _round(header), model_sha256, _state(content), values.get("loss"))
 
 
 def content_bytes(content: RecordDict) -> int:
@@ -166,15 +166,9 @@ def _round(header: ConfigRecord) -> int:
 
 
 def _refusal_code(value: object) -> RefusalCode:
-    codes: dict[object, RefusalCode] = {
-        "configuration": "configuration",
-        "data": "data",
-        "model": "model",
-        "federation": "federation",
-    }
-    if value not in codes:
+    if value not in REFUSAL_CODES:
         raise FederationError(f"refusal code {value!r} is not on the public list")
-    return codes[value]
+    return value
 
 
 def _arrays(state: Mapping[str, Tensor]) -> ArrayRecord:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, get_args
 
@@ -12,18 +13,24 @@ from torch import nn
 
 from fedcmr_shared.errors import ModelError
 from fedcmr_shared.models import cardiomm
-from fedcmr_shared.schemas.job import ModelSpec
+from fedcmr_shared.models.lora import add_lora
+from fedcmr_shared.schemas.job import ModelSpec, Part
 from fedcmr_shared.text.encoders import TEXT_WIDTHS
 
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A family of networks: what it does, its sizes and variants, and how to build one."""
+    """A family of networks: what it does, its sizes and variants, and how to build one.
+
+    ``parts`` tells of each part that a job can train which parameter names belong to it; `full` is
+    everything that may be trained at all. Part `lora` is the same for all models and not listed.
+    """
 
     description: str
     sizes: tuple[str, ...]
     variants: tuple[str, ...]
     build: Callable[[ModelSpec], nn.Module]
+    parts: Mapping[Part, Callable[[str], bool]]
 
 
 def _cardiomm(spec: ModelSpec) -> nn.Module:
@@ -36,12 +43,34 @@ def _cardiomm(spec: ModelSpec) -> nn.Module:
     )
 
 
+def _names(*patterns: str) -> Callable[[str], bool]:
+    """Return whether a name contains a match of any of the regular expressions."""
+    expression = re.compile("|".join(patterns))
+    return lambda name: expression.search(name) is not None
+
+
+_CARDIOMM_PARTS: Final[dict[Part, Callable[[str], bool]]] = {
+    # The prompt banks are frozen in all parts.
+    "full": _names(r"^(?!.*prompter\.bank$)"),
+    "decoder": _names(r"^cascades\.\d+\.unet\.(decoder|tail)\.(?!.*prompter\.bank$)"),
+    # Small parameters that modulate features which the others compute.
+    "adapters": _names(
+        r"adapter\.(gate\.\w+|scale|shift)$",
+        r"attention\.(squeeze|excite)\.",
+        r"activation\.weight$",
+        r"consistency_weight$",
+        r"unet\.tail\.bias$",
+    ),
+    "prompts": _names(r"prompter\.(mix|refine)\.", r"^(metadata|sampling)_head\."),
+}
+
 _MODELS: Final[dict[str, ModelEntry]] = {
     "cardiomm": ModelEntry(
         description="text-conditioned unrolled reconstruction (arXiv 2512.21652)",
         sizes=tuple(cardiomm.CONFIGS),
         variants=get_args(cardiomm.Variant),
         build=_cardiomm,
+        parts=_CARDIOMM_PARTS,
     ),
 }
 
@@ -65,13 +94,18 @@ def model_entry(name: str) -> ModelEntry:
 def build_model(spec: ModelSpec) -> nn.Module:
     """Return a new network with the weights that torch's current random state gives.
 
+    With ``lora_rank`` its layers have low-rank updates, which are then all that is trainable.
+
     Raises:
         ModelError: there is no model of that name or size.
     """
     entry = model_entry(spec.name)
     if spec.size not in entry.sizes:
         raise ModelError(f"{spec.name} has no size {spec.size!r}: use {', '.join(entry.sizes)}")
-    return entry.build(spec)
+    model = entry.build(spec)
+    if spec.lora_rank:
+        add_lora(model, spec.lora_rank)
+    return model
 
 
 def parameter_counts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Container
+from datetime import date
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
@@ -44,6 +45,11 @@ class AcquisitionMetadata(BaseModel):
     centre: str | None = None
     life_span: str | None = None
     diseases: tuple[str, ...] | None = None
+    acquired_on: date | None = Field(
+        default=None,
+        description="day of the acquisition, for the site's own limits and cohort queries; it "
+        "never enters a prompt, an exported image or anything else that leaves the site",
+    )
 
     frames: Annotated[int, Field(ge=1)]
     slices: Annotated[int, Field(ge=1)]

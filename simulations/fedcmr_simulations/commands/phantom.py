@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fedcmr_shared.cli import json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from fedcmr_simulations.phantom.protocol import Detail
 
 
 @click.command()
@@ -16,14 +20,14 @@ from fedcmr_shared.cli import json_option, print_json, print_table
 @click.option("--seed", default=0, type=click.IntRange(0), help="Same seed, same samples.")
 @click.option(
     "--detail",
-    type=click.Choice(["quick", "standard"]),
+    type=click.Choice(["small", "quick", "standard"]),
     default="quick",
-    help="Small images in seconds, or clinical size (1 to 2 GB per cine scan).",
+    help="One tiny image per patient, a few, or clinical size (1 to 2 GB per cine scan).",
 )
 @click.option("--external", is_flag=True, help="Simulate the hospitals that training never sees.")
 @json_option
 def phantom(
-    out: Path, sites: int, patients: int, seed: int, detail: str, external: bool, as_json: bool
+    out: Path, sites: int, patients: int, seed: int, detail: Detail, external: bool, as_json: bool
 ) -> None:
     """Make hospitals with simulated cardiac k-space in the new folder OUT.
 
@@ -39,7 +43,7 @@ def phantom(
             sites,
             patients,
             seed=seed,
-            detail="standard" if detail == "standard" else "quick",
+            detail=detail,
             external=external,
             on_patient=advance,
         )

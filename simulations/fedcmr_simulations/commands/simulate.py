@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import click
 
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_simulations.commands.phantom import phantom
+from fedcmr_simulations.commands.pretrain import pretrain
+
+NO_PRIVACY = "NO PRIVACY: this run protects nobody's data; never do this with patients"
 
 
 @click.group()
@@ -18,6 +22,7 @@ def simulate() -> None:
 
 
 simulate.add_command(phantom)
+simulate.add_command(pretrain)
 
 
 @simulate.command()
@@ -47,6 +52,11 @@ simulate.add_command(phantom)
 @click.option(
     "--workers", type=click.IntRange(min=1), default=2, help="Processes that train at once."
 )
+@click.option(
+    "--no-privacy",
+    is_flag=True,
+    help="Train without differential privacy. Only simulations can do that.",
+)
 @json_option
 def run(
     sites: int,
@@ -55,9 +65,13 @@ def run(
     data: Path | None,
     out: Path | None,
     workers: int,
+    no_privacy: bool,
     as_json: bool,
 ) -> None:
     """Run a whole federation and write its report.
+
+    Each virtual site trains with patient-level differential privacy under a policy and a budget
+    of its own, as a hospital does.
 
     The run folder holds summary.json, report.html, the metrics and a checkpoint per round.
     """
@@ -73,7 +87,9 @@ def run(
     if out is None:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         out = Path("runs") / f"{config.job.name}-{stamp}"
-    request = SimulationRequest(config, sites, out.absolute(), data, workers)
+    request = SimulationRequest(config, sites, out.absolute(), data, workers, not no_privacy)
+    if no_privacy:
+        click.secho(NO_PRIVACY, fg="red", bold=True, err=True)
     try:
         summary = run_simulation(request, SilentProgress() if as_json else TerminalProgress())
     except KeyboardInterrupt:
@@ -114,12 +130,31 @@ def partition(store: Path, out: Path, sites: int, seed: int, as_json: bool) -> N
 
 
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
-    from fedcmr_simulations.report import summary_rows
+    from fedcmr_simulations.report import privacy_text, summary_rows
 
-    rows = summary_rows(summary)
     title = (
         f"PSNR in dB on test patients, {summary['pattern']} {summary['nominal_af']:g}× "
         f"({summary['data_origin']} data)"
     )
-    print_table(title, rows, list(rows[0]))
+    rows = [
+        {name: f"{cell:.2f}" if isinstance(cell, float) else cell for name, cell in row.items()}
+        for row in summary_rows(summary)
+    ]
+    # The number of patients is in the report; without it the table fits 120 columns.
+    print_table(title, rows, [name for name in rows[0] if name not in ("patients", "epsilon")])
+    if summary["private"]:
+        sites = summary["privacy"]["sites"]
+        spent = [{"site": name, **_by_round(site["rounds"])} for name, site in sites.items()]
+        print_table("certified epsilon of a trained patient, spent so far", spent, list(spent[0]))
+        click.echo(privacy_text(summary))
+    else:
+        click.secho(NO_PRIVACY, fg="red", bold=True)
     click.echo(f"report: {out / 'report.html'}")
+
+
+def _by_round(epsilons: list[float]) -> dict[str, str]:
+    # Rounded up, as an upper bound must be.
+    return {
+        f"round {number}": f"{math.ceil(epsilon * 100) / 100:.2f}"
+        for number, epsilon in enumerate(epsilons, start=1)
+    }

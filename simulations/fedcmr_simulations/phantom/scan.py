@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedcmr_client.store.scan_file import ScanSource, Truth
-from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
+from fedcmr_shared.schemas.acquisition import AcquisitionMetadata, UnknownVocabularyWarning
 from fedcmr_simulations.phantom import acquisition, anatomy, protocol
 from fedcmr_simulations.phantom.acquisition import Grid
 from fedcmr_simulations.phantom.canvas import Canvas, Plane
@@ -152,6 +153,12 @@ class Scan:
 
     def metadata(self) -> AcquisitionMetadata:
         """Metadata of the scan, marked as simulated."""
+        with warnings.catch_warnings():
+            # The vocabulary is that of one database; invented research scanners lie outside it.
+            warnings.simplefilter("ignore", UnknownVocabularyWarning)
+            return self._metadata()
+
+    def _metadata(self) -> AcquisitionMetadata:
         scanner, sequence = self.scanner, self.sequence
         beat_ms = 60e3 / self.patient.heart_rate_bpm
         return AcquisitionMetadata(

@@ -70,6 +70,35 @@ def t2_preparation(t2_ms: Real, preparation_time_ms: Real) -> Real:
     return np.exp(-np.asarray(preparation_time_ms) / t2_ms)
 
 
+def spin_lock(t1rho_ms: Real, lock_time_ms: Real) -> Real:
+    """Decay exp(−TSL/T1ρ) during a spin lock."""
+    return np.exp(-np.asarray(lock_time_ms) / t1rho_ms)
+
+
+def spoiled_gradient_echo(
+    t1_ms: float, *, flip_angle_deg: float, repetition_time_ms: float
+) -> float:
+    """Steady state sin α (1 − E1) / (1 − E1 cos α) behind the pulse, for unit proton density.
+
+    Ernst and Anderson, Rev Sci Instrum 1966;37:93. Largest where cos α = E1.
+    """
+    e1, flip = np.exp(-repetition_time_ms / t1_ms), np.deg2rad(flip_angle_deg)
+    return float(np.sin(flip) * (1 - e1) / (1 - e1 * np.cos(flip)))
+
+
+def repeated_inversion(t1_ms: float, inversion_time_ms: float, repetition_time_ms: float) -> float:
+    """Signed recovery 1 − 2 exp(−TI/T1) + exp(−TR/T1) when a 90° pulse ends each repetition."""
+    return float(1 - 2 * np.exp(-inversion_time_ms / t1_ms) + np.exp(-repetition_time_ms / t1_ms))
+
+
+def repeated_null_time_ms(t1_ms: float, repetition_time_ms: float) -> float:
+    """Inversion time at which `repeated_inversion` is zero.
+
+    For blood it is that of the black-blood preparation (Simonetti et al., Radiology 1996;199:49).
+    """
+    return float(t1_ms * np.log(2 / (1 + np.exp(-repetition_time_ms / t1_ms))))
+
+
 def gamma_variate(
     time_s: npt.ArrayLike, *, arrival_s: float, peak_s: float, shape: float = 3.0
 ) -> npt.NDArray[np.float64]:

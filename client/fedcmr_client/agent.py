@@ -1,0 +1,234 @@
+"""What stands between a coordinator's message and a site's data.
+
+For every task, in this order, and each step only after the one before:
+
+1. the job is held against the site's policy, with nothing opened;
+2. a result that is stored already is sent again, at no further cost;
+3. the ledger admits the job: it reserves the budget of all its rounds and spare rounds;
+4. the ledger marks the round as started, which spends it, on disk and in the second place;
+5. the round is trained or scored, with noise;
+6. the noisy result is stored, then sent.
+
+A crash after step 4 costs a spare round. Nothing that a job or message says can change the order
+or the policy.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from fedcmr_client.gate import examine, require
+from fedcmr_client.job_records import job_records
+from fedcmr_client.ledger import Ledger
+from fedcmr_client.private_round import train_round, train_round_on_gpus
+from fedcmr_client.private_trainer import gradient_engine
+from fedcmr_client.scoring import patient_scores
+from fedcmr_client.site_home import SiteHome
+from fedcmr_client.store.site_store import ScanRecord, SiteStore
+from fedcmr_client.task_model import load_encoder, task_model
+from fedcmr_client.usage import Usage
+from fedcmr_shared.errors import ConfigurationError, JobRefused
+from fedcmr_shared.federation.messages import Scores, Task, Update
+from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.privacy.evaluation import mean_scores, noisy_sums
+from fedcmr_shared.schemas.job import JobSpec
+from fedcmr_shared.schemas.ledger import Phase
+from fedcmr_shared.schemas.privacy import Metric, PrivacySpec
+
+Result = TypeVar("Result", Update, Scores)
+
+
+@dataclass(frozen=True)
+class SiteAgent:
+    """Answers tasks for one site; ``threads`` only changes speed."""
+
+    home: SiteHome
+    threads: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.home.policy.site
+
+    @property
+    def reply_tick_s(self) -> float:
+        """Replies leave at multiples of this, so that their time tells nothing."""
+        return self.home.policy.reply_tick_s
+
+    def train(self, task: Task) -> Update:
+        """Train one round with patient-level privacy and return the noisy update.
+
+        Raises:
+            JobRefused: the policy or the budget does not allow the round.
+            FedcmrError: the round failed; what was started stays spent.
+        """
+        return self._answer(task, "train", self._train, _pack_update, _read_update)
+
+    def evaluate(self, task: Task) -> Scores:
+        """Score the task's model on held-out patients and return noisy means; as `train`."""
+        return self._answer(task, "evaluate", self._evaluate, _pack_scores, _read_scores)
+
+    def _answer(
+        self,
+        task: Task,
+        phase: Phase,
+        work: Callable[[Task, CardioMM, list[ScanRecord]], Result],
+        pack: Callable[[Result], bytes],
+        read: Callable[[Path], Result],
+    ) -> Result:
+        job = task.job
+        with closing(self.home.open_ledger()) as ledger:
+            try:
+                self._require_allowed(job, phase, task.round)
+                stored = ledger.stored(job.sha256, phase, task.round)
+                if stored is not None:
+                    # A crash may have come between storing and closing.
+                    _close_after_last(ledger, job, phase, task.round)
+                    return read(stored)
+                model = _exact_model(task)
+                usage = Usage(self.home.policy, ledger.place.folder)
+                usage.require_left(job)
+                records = self._admitted_records(ledger, job, phase)
+                attempt = ledger.start(job.sha256, phase, task.round)
+            except JobRefused as refusal:
+                ledger.refuse(job.sha256, refusal.code, refusal.rule)
+                raise
+            started = time.monotonic()
+            try:
+                result = work(task, model, records)
+            finally:
+                usage.add(job, time.monotonic() - started)
+            ledger.store(job.sha256, phase, task.round, attempt, pack(result))
+            _close_after_last(ledger, job, phase, task.round)
+            return result
+
+    def _require_allowed(self, job: JobSpec, phase: Phase, number: int) -> None:
+        require(examine(job, self.home.policy, datetime.now().astimezone()))
+        _require_round(job, phase, number)
+        if phase == "evaluate" and not self._metrics(_privacy(job)):
+            message = "none of the scores that the job asks for may leave the site"
+            raise JobRefused("evaluation-noise", "evaluation.metrics", message)
+
+    def _admitted_records(self, ledger: Ledger, job: JobSpec, phase: Phase) -> list[ScanRecord]:
+        """Admit the job and return the scans of the patients it was first admitted with."""
+        with self.home.open_store() as store:
+            if ledger.budget.status(job.sha256) != "open":
+                self._admit(ledger, store, job)
+            members = ledger.cohort(job.sha256, phase)
+            allowed = job_records(store, job, self.home.policy, phase)
+        return [record for record in allowed if record.patient in members]
+
+    def _admit(self, ledger: Ledger, store: SiteStore, job: JobSpec) -> None:
+        policy = self.home.policy
+        training = {record.patient for record in job_records(store, job, policy, "train")}
+        evaluation = {record.patient for record in job_records(store, job, policy, "evaluate")}
+        # The same word for every reason that depends on data.
+        if not training or (job.evaluated_rounds() and not evaluation):
+            raise JobRefused("declined", "cohort", "no patient of the site meets the job's query")
+        ledger.admit(
+            job,
+            policy_sha256=policy.sha256,
+            training=training,
+            evaluation=evaluation,
+        )
+
+    def _train(self, task: Task, model: CardioMM, records: list[ScanRecord]) -> Update:
+        if self.home.policy.processes > 1:
+            patients = {record.patient for record in records}
+            delta = train_round_on_gpus(task, patients, self.home)
+        else:
+            delta = train_round(task, model, records, self.home)
+        return Update(self.name, task.round, state_sha256(task.state), delta)
+
+    def _evaluate(self, task: Task, model: CardioMM, records: list[ScanRecord]) -> Scores:
+        job = task.job
+        privacy = _privacy(job)
+        device = torch.device(self.home.policy.device)
+        scores = patient_scores(model, job, records, load_encoder(job), device)
+        names = self._metrics(privacy)
+        sums = noisy_sums(list(scores.values()), names, privacy.evaluation.noise_multiplier)
+        patients = privacy.evaluation.cohort_size * job.weight(self.name)
+        return Scores(self.name, task.round, state_sha256(task.state), mean_scores(sums, patients))
+
+    def _metrics(self, privacy: PrivacySpec) -> list[Metric]:
+        """Scores that the job asks for and the policy lets out."""
+        allowed = self.home.policy.evaluation.metrics
+        return [name for name in privacy.evaluation.metrics if name in allowed]
+
+
+def _exact_model(task: Task) -> CardioMM:
+    """Return the task's model if the job's gradient engine is exact for it; opens no data."""
+    model = task_model(task)
+    gradient_engine(model, task.job, load_encoder(task.job), torch.device("cpu"))
+    return model
+
+
+def _require_round(job: JobSpec, phase: Phase, number: int) -> None:
+    rounds = range(1, job.rounds + 1) if phase == "train" else job.evaluated_rounds()
+    if number not in rounds:
+        raise JobRefused("malformed", "round", f"the job has no round {number} to {phase}")
+
+
+def _privacy(job: JobSpec) -> PrivacySpec:
+    if job.privacy is None:  # the gate lets no such job pass
+        raise ConfigurationError(f"job {job.name} declares no privacy")
+    return job.privacy
+
+
+def _close_after_last(ledger: Ledger, job: JobSpec, phase: Phase, number: int) -> None:
+    evaluated = job.evaluated_rounds()
+    last: Phase = "evaluate" if evaluated and evaluated[-1] == job.rounds else "train"
+    if (phase, number) == (last, job.rounds):
+        ledger.finish(job.sha256, "finished")
+
+
+def _pack_update(update: Update) -> bytes:
+    return _pack(update, dict(update.delta), {})
+
+
+def _pack_scores(scores: Scores) -> bytes:
+    return _pack(scores, {}, dict(scores.values))
+
+
+def _pack(
+    answer: Update | Scores, tensors: dict[str, Tensor], values: Mapping[str, float]
+) -> bytes:
+    header = {
+        "site": answer.site,
+        "round": answer.round,
+        "model_sha256": answer.model_sha256,
+        "values": dict(values),
+    }
+    return save_tensors(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        {"answer": json.dumps(header)},
+    )
+
+
+def _read_update(path: Path) -> Update:
+    header, tensors = _read(path)
+    return Update(header["site"], header["round"], header["model_sha256"], tensors)
+
+
+def _read_scores(path: Path) -> Scores:
+    header, _ = _read(path)
+    return Scores(header["site"], header["round"], header["model_sha256"], header["values"])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        header: dict[str, Any] = json.loads(file.metadata()["answer"])
+        return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict

@@ -1,0 +1,398 @@
+"""`fedcmr site`: set up a site's policy and privacy ledger, look at them and keep them safe."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from fedcmr_client.commands.policy_option import policy_option
+from fedcmr_client.commands.site_check import check
+from fedcmr_client.commands.site_plan import plan
+from fedcmr_shared.cli import json_option, print_json, print_table
+from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError
+
+if TYPE_CHECKING:
+    from fedcmr_client.ledger import Ledger, Spending
+    from fedcmr_client.site_home import SiteHome
+    from fedcmr_shared.schemas.policy import SitePolicy
+
+_SHOWN: Final = 12  # characters of a job's SHA-256 in tables
+
+
+@click.group()
+def site() -> None:
+    """Decide what jobs may do at this site, and see what they have spent."""
+
+
+site.add_command(plan)
+site.add_command(check)
+
+
+@site.command()
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--store", required=True, type=click.Path(path_type=Path), help="Folder of the site store."
+)
+@click.option("--name", required=True, help="Public name of the site.")
+@click.option(
+    "--second-place",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder on another disk or share; it keeps the newest signed head of the ledger's log.",
+)
+@click.option("--epsilon", type=float, default=8.0, help="Most that a patient may cost, for ever.")
+@click.option("--delta", type=float, default=1e-5, help="Delta of that epsilon.")
+@click.option("--order", type=int, help="Order of the Rényi filter; the best one if not given.")
+@click.option("--database-url", help="Keep the log in PostgreSQL; a URL without a password.")
+@click.option("--coordinator", "coordinators", multiple=True, help="Work for this one; repeatable.")
+@click.option(
+    "--job", "jobs", multiple=True, help="Allow jobs of this name or pattern; repeatable."
+)
+@click.option("--model", "models", multiple=True, help="Allow NAME or NAME/SIZE; repeatable.")
+@json_option
+def init(
+    folder: Path,
+    store: Path,
+    name: str,
+    second_place: Path,
+    epsilon: float,
+    delta: float,
+    order: int | None,
+    database_url: str | None,
+    as_json: bool,
+    **allowed: tuple[str, ...],
+) -> None:
+    """Write FOLDER/policy.yaml, with every field explained, and make the privacy ledger.
+
+    The budget is fixed from here on. Nobody is allowed until the policy names a coordinator, a job
+    and a model.
+    """
+    from fedcmr_client.policy import order_of, parse_policy
+    from fedcmr_client.site_home import SiteHome
+
+    if not (store / "site.toml").is_file():
+        raise DataError(f"{store} is no site store: import scans with `fedcmr data import` first")
+    path = folder / "policy.yaml"
+    content = {
+        "site": name,
+        "store": store.resolve(),
+        "ledger": {
+            "folder": (folder / "ledger").resolve(),
+            "second_place": second_place.resolve(),
+            "database_url": database_url,
+        },
+        "budget": {"epsilon": epsilon, "delta": delta, "order": order},
+        **allowed,
+    }
+    policy = parse_policy(path, content)
+    budget = policy.budget.model_copy(update={"order": order_of(policy)})
+    home = SiteHome(policy.model_copy(update={"budget": budget}), path)
+    _write_home(home)
+    with home.open_ledger() as ledger:
+        key = ledger.public_key
+    if as_json:
+        print_json({"policy": str(path), "site": name, "public_key": key, "order": budget.order})
+        return
+    click.echo(f"{path} says what jobs may do here: read it, then name who and what you allow")
+    click.echo(f"give this line to your auditors: {_trust_line(name, key)}")
+
+
+@site.command()
+@policy_option
+@json_option
+def status(policy_path: Path, as_json: bool) -> None:
+    """Show what the patient with the most charges has spent, and every job."""
+    home, ledger = _open(policy_path)
+    with ledger:
+        spending, head, key = ledger.spending(), ledger.head(), ledger.public_key
+    figures = spending.figures
+    if as_json:
+        print_json(
+            {
+                "site": home.policy.site,
+                "public_key": key,
+                "policy_sha256": home.policy.sha256,
+                "entries": head.size,
+                "budget": _budget_json(spending),
+                "fixed_in_advance_epsilon": figures.pld_epsilon,
+                "jobs": [_job_json(job) for job in spending.jobs],
+            }
+        )
+        return
+    _print_budget(home.policy, spending)
+    click.echo(
+        f"had all jobs been fixed in advance: epsilon {figures.pld_epsilon:.4g} "
+        "spent and reserved, by privacy loss distributions"
+    )
+    if spending.jobs:
+        columns = ("job", "name", "model", "state", "train", "evaluate", "epsilon", "unnoised")
+        print_table("Jobs (starts done / still reserved)", _job_rows(spending), columns)
+    click.echo(f"{head.size} entries, signed by {_trust_line(home.policy.site, key)}")
+
+
+@site.command()
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="Write it as JSON to this file."
+)
+@policy_option
+@json_option
+def checkpoint(out: Path | None, policy_path: Path, as_json: bool) -> None:
+    """Show the newest checkpoint of the log that others may see.
+
+    Its time and size follow the clock alone, so that they tell nothing about jobs.
+    """
+    from datetime import UTC, datetime
+
+    _, ledger = _open(policy_path)
+    with ledger:
+        newest = ledger.checkpoint()
+    if out is not None:
+        _write_new(out, newest.model_dump_json(indent=2) + "\n")
+    if as_json:
+        print_json(newest.model_dump(mode="json"))
+        return
+    at = datetime.fromtimestamp(newest.at / 1000, UTC).isoformat(timespec="seconds")
+    facts = {"site": newest.site, "entries": newest.size, "time": at, "root": newest.root}
+    rows = [{"what": what, "value": value} for what, value in facts.items()]
+    print_table("Checkpoint", [*rows, {"what": "file", "value": out}], ("what", "value"))
+
+
+@site.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@policy_option
+@json_option
+def backup(target: Path, policy_path: Path, as_json: bool) -> None:
+    """Copy the ledger, its key and the results of open jobs into the new folder TARGET.
+
+    The copy holds the site's private key. It is good until the ledger grows: back up after each
+    job, and never together with the second place.
+    """
+    _, ledger = _open(policy_path)
+    with ledger:
+        ledger.backup(target)
+        entries = ledger.head().size
+    if as_json:
+        print_json({"target": str(target), "entries": entries})
+    else:
+        click.echo(f"{target} holds a copy of the ledger's {entries} entries and its private key")
+
+
+@site.command("second-place")
+@click.option(
+    "--ledger-is-newest",
+    is_flag=True,
+    help="Say that this ledger is no restored backup: an older one would forget charges.",
+)
+@policy_option
+@json_option
+def second_place(ledger_is_newest: bool, policy_path: Path, as_json: bool) -> None:
+    """Write a second place that was lost for good anew."""
+    from fedcmr_client.site_home import SiteHome
+
+    if not ledger_is_newest:
+        raise click.UsageError(
+            "make sure that the ledger was not restored from a backup, then add --ledger-is-newest"
+        )
+    home = SiteHome.open(policy_path)
+    home.restore_second_place()
+    if as_json:
+        print_json({"second_place": str(home.policy.ledger.second_place)})
+    else:
+        click.echo(f"{home.policy.ledger.second_place} keeps the ledger's newest head again")
+
+
+@site.command("move-log")
+@click.argument("database_url")
+@policy_option
+@json_option
+def move_log(database_url: str, policy_path: Path, as_json: bool) -> None:
+    """Copy the ledger's log into an empty database, such as one in PostgreSQL.
+
+    Stop all training first. The copy is used once `ledger.database_url` in the policy names
+    DATABASE_URL; the log where it was stays as it is and must not be used any more.
+    """
+    from dataclasses import replace
+
+    from fedcmr_client.ledger.moving import copy_log
+
+    _, ledger = _open(policy_path)
+    with ledger:
+        entries = copy_log(ledger.place, replace(ledger.place, database_url=database_url))
+    if as_json:
+        print_json({"entries": entries})
+    else:
+        click.echo(
+            f"{entries} entries are copied: set ledger.database_url in {policy_path}, run "
+            "`fedcmr site status`, then move the old log away"
+        )
+
+
+@site.command("set-clock")
+@policy_option
+@json_option
+def set_clock(policy_path: Path, as_json: bool) -> None:
+    """Accept this machine's time although the ledger's last entry is from later.
+
+    Only after the clock was wrong and has been set right; the ledger keeps an entry about it.
+    """
+    from datetime import UTC, datetime
+
+    _, ledger = _open(policy_path)
+    with ledger:
+        ledger.set_clock()
+        time = datetime.fromtimestamp(ledger.budget.clock / 1000, UTC)
+    text = time.isoformat(timespec="seconds")
+    if as_json:
+        print_json({"time": text})
+    else:
+        click.echo(f"the ledger goes on at {text}")
+
+
+@site.command()
+@click.argument("job")
+@policy_option
+@json_option
+def cancel(job: str, policy_path: Path, as_json: bool) -> None:
+    """Close JOB (its SHA-256 or how that begins) and release what it never started.
+
+    What was started stays spent. The job cannot be admitted again.
+    """
+    _, ledger = _open(policy_path)
+    with ledger:
+        found = _find_job(ledger, job)
+        state = ledger.budget.jobs[found]
+        if state.closed is not None:
+            raise LedgerError(f"job {found[:_SHOWN]} is {state.closed} already: nothing to cancel")
+        released = {phase: state.left(phase) for phase in state.admitted.phases}
+        ledger.finish(found, "cancelled")
+    if as_json:
+        print_json({"job": found, "name": state.admitted.name, "released": released})
+    else:
+        starts = ", ".join(f"{count} starts to {phase}" for phase, count in released.items())
+        click.echo(f"{state.admitted.name} ({found[:_SHOWN]}) is cancelled; released: {starts}")
+
+
+@site.command("export-evidence")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File to write the bundle to.",
+)
+@click.option("--job", help="Of this job alone: its SHA-256, or how that begins.")
+@policy_option
+@json_option
+def export_evidence(out: Path, job: str | None, policy_path: Path, as_json: bool) -> None:
+    """Write what an auditor needs to check the ledger, or one job, without believing the site.
+
+    A bundle of the whole ledger shows every entry, but no patient and no pseudonym.
+    """
+    from fedcmr_client.evidence import build
+
+    home, ledger = _open(policy_path)
+    with ledger:
+        found = None if job is None else _find_job(ledger, job)
+        evidence = build(ledger, found)
+    evidence.write(out)
+    key = _trust_line(home.policy.site, evidence.public_key)
+    if as_json:
+        summary = {"scope": evidence.scope, "job": found, "leaves": len(evidence.leaves)}
+        print_json({"bundle": str(out), "public_key": evidence.public_key, **summary})
+    else:
+        click.echo(f"{out} holds {len(evidence.leaves)} leaves; auditors trust it by {key}")
+
+
+def _open(policy_path: Path) -> tuple[SiteHome, Ledger]:
+    from fedcmr_client.site_home import SiteHome
+
+    home = SiteHome.open(policy_path)
+    return home, home.open_ledger()
+
+
+def _write_home(home: SiteHome) -> None:
+    """Write the policy file, then make the ledger; neither is left alone."""
+    from fedcmr_client.policy import policy_text
+
+    try:
+        home.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigurationError(f"{home.path.parent}: cannot be made: {error.strerror}") from error
+    with ExitStack() as undo:
+        _write_new(home.path, policy_text(home.policy))
+        undo.callback(home.path.unlink)
+        home.create_ledger().close()
+        undo.pop_all()
+
+
+def _write_new(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise ConfigurationError(f"{path} exists: move it away or choose another one") from error
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _find_job(ledger: Ledger, name: str) -> str:
+    found = [job for job in ledger.budget.jobs if job.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    reason = "the ledger admitted no job of that name" if not found else "that fits several jobs"
+    raise LedgerError(f"job {name}: {reason}: see `fedcmr site status --json`")
+
+
+def _budget_json(spending: Spending) -> dict[str, Any]:
+    names = ("epsilon", "delta", "order", "spent_epsilon", "committed_epsilon")
+    left = max(0.0, spending.limit_rdp - spending.committed_rdp)
+    return {
+        **{name: getattr(spending, name) for name in names},
+        "spent_share": spending.spent_rdp / spending.limit_rdp,
+        "reserved_share": (spending.committed_rdp - spending.spent_rdp) / spending.limit_rdp,
+        "left_share": left / spending.limit_rdp,
+    }
+
+
+def _print_budget(policy: SitePolicy, spending: Spending) -> None:
+    budget = _budget_json(spending)
+    rows = [
+        {"what": "spent", "share": budget["spent_share"], "epsilon": spending.spent_epsilon},
+        {"what": "reserved", "share": budget["reserved_share"]},
+        {
+            "what": "spent and reserved",
+            "share": 1 - budget["left_share"],
+            "epsilon": spending.committed_epsilon,
+        },
+        {"what": "left", "share": budget["left_share"]},
+        {"what": "budget", "share": 1.0, "epsilon": spending.epsilon},
+    ]
+    shown = [{**row, "share": f"{row['share']:.1%}"} for row in rows]
+    title = f"{policy.site}: the patient with the most charges, delta {spending.delta:g}"
+    # Shares add up; epsilon does not, since its first part pays for delta.
+    print_table(title, shown, ("what", "share", "epsilon"))
+
+
+def _job_json(job: Any) -> dict[str, Any]:
+    return {**vars(job), "started": dict(job.started), "left": dict(job.left)}
+
+
+def _job_rows(spending: Spending) -> list[dict[str, object]]:
+    return [
+        {
+            "job": job.job[:_SHOWN],
+            "name": job.name,
+            "model": job.model,
+            "state": job.outcome or "open",
+            **{phase: f"{count} / {job.left[phase]}" for phase, count in job.started.items()},
+            "epsilon": job.epsilon,
+            "unnoised": ", ".join(job.without_noise) or None,
+        }
+        for job in spending.jobs
+    ]
+
+
+def _trust_line(site: str, key: str) -> str:
+    return f'{site} = "{key}"'

@@ -1,0 +1,169 @@
+"""Patient-level DP-SGD of a reconstructor on a site's cohort.
+
+What the trainer learns about the data while it works (who was drawn, losses, how many gradients
+were clipped) stays inside it; only the noisy weights are a release.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedcmr_client.dataset import Cohort, Image, Undersampled, undersample
+from fedcmr_client.store.site_store import ScanRecord
+from fedcmr_client.trainer import LocalOptimiser, ReconstructionLoss, draw_sampling
+from fedcmr_shared.errors import ConfigurationError, DataError
+from fedcmr_shared.kspace.masks import Sampling
+from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.privacy.engines import engine_for
+from fedcmr_shared.privacy.mechanism import Engine, Mechanism, set_gradients
+from fedcmr_shared.privacy.parts import freeze, trainable_names
+from fedcmr_shared.privacy.ranks import ALONE, Ranks
+from fedcmr_shared.privacy.step import PatientCounts, private_gradient
+from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
+from fedcmr_shared.schemas.job import JobSpec
+from fedcmr_shared.schemas.privacy import PrivacySpec
+from fedcmr_shared.text.encoders import TextEncoder
+
+_log = logging.getLogger("fedcmr.site")
+
+
+class PrivateTrainer:
+    """Trains the job's part of one model with the job's mechanism.
+
+    Patients, images, masks and noise are drawn from the operating system's entropy, so a repeated
+    round is another release and costs a spare round.
+
+    Raises:
+        ConfigurationError: the job declares no privacy.
+        JobRefused: the job's gradient engine is not exact for this model.
+    """
+
+    def __init__(
+        self,
+        model: CardioMM,
+        job: JobSpec,
+        records: Sequence[ScanRecord],
+        encoder: TextEncoder,
+        *,
+        site: str,
+        device: str = "cpu",
+        ranks: Ranks = ALONE,
+    ) -> None:
+        if job.privacy is None:
+            raise ConfigurationError(f"job {job.name} declares no privacy: nothing to account for")
+        self._privacy = job.privacy
+        self._job = job
+        self._model = model.to(torch.device(device))
+        self._cohort = Cohort(records)
+        self._ranks = ranks
+        self._engine = gradient_engine(self._model, job, encoder, torch.device(device))
+        self._parameters = list(self._engine.parameters)
+        self.mechanism = mechanism(job.privacy, job.weight(site))
+        self._optimiser = LocalOptimiser(job, self._parameters)
+
+    def run(self, first_step: int, steps: int) -> None:
+        """Take ``steps`` private steps; ``first_step`` counts from the start of the job."""
+        self._model.train()
+        for step in range(first_step, first_step + steps):
+            result = private_gradient(
+                self._engine,
+                self._cohort.patients,
+                self._load,
+                self.mechanism,
+                self._privacy.sampling_rate,
+                ranks=self._ranks,
+            )
+            _report(step, result.counts)
+            set_gradients(self._parameters, result.gradients)
+            self._optimiser.step(step)
+
+    def _load(self, patient: str) -> list[Undersampled]:
+        generator = np.random.default_rng(int.from_bytes(os.urandom(16)))
+        try:
+            images = self._cohort.draw(patient, self._privacy.images_per_patient, generator)
+            return [
+                draw_sampling(image, self._job, generator)
+                for image in images
+                for _ in range(self._privacy.augmentations)
+            ]
+        except (ConfigurationError, DataError) as error:
+            # A damaged scan, or one too small for the sampling, must not show outside, so its
+            # patient counts as zero.
+            _log.error("a drawn patient contributes nothing: %s", error)
+            return []
+
+
+def _report(step: int, counts: PatientCounts) -> None:
+    # For the site's own log: each of these numbers depends on the data.
+    level = logging.WARNING if counts.non_finite else logging.INFO
+    _log.log(
+        level,
+        "step %d: %d patients drawn, %d clipped, %d without a finite gradient counted as zero",
+        step,
+        counts.drawn,
+        counts.clipped,
+        counts.non_finite,
+    )
+
+
+def gradient_engine(
+    model: CardioMM, job: JobSpec, encoder: TextEncoder, device: torch.device
+) -> Engine[Undersampled]:
+    """Freeze what the job does not train and return the engine that it names.
+
+    Raises:
+        JobRefused: the engine is not exact for this model.
+    """
+    parameters = freeze(model, trainable_names(job.model, model, job.training.part))
+
+    def loss_of(module: nn.Module) -> ReconstructionLoss:
+        return ReconstructionLoss(module, job, encoder, device)
+
+    name = job.privacy.engine if job.privacy is not None else "backward"
+    return engine_for(
+        name,
+        model,
+        parameters,
+        loss_of,
+        synthetic=_synthetic_images,
+        shape_of=lambda item: item.image.kspace.shape,
+    )
+
+
+def _synthetic_images() -> list[Undersampled]:
+    """Return random float64 images without a patient, for the engine's own check."""
+    shape = (2, 32, 32)
+    metadata = AcquisitionMetadata(
+        origin="simulated",
+        source_format="random",
+        frames=1,
+        slices=1,
+        coils=shape[0],
+        phase_encodes=shape[1],
+        readout_samples=shape[2],
+    )
+    record = ScanRecord("random", "nobody", Path(), metadata, "train", "", False)
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling("uniform", 4.0, 8)
+    images = []
+    for seed in range(2):
+        kspace = torch.randn(shape, dtype=torch.complex128, generator=generator)
+        images.append(undersample(Image(record, 0, 0, kspace), sampling, seed))
+    return images
+
+
+def mechanism(privacy: PrivacySpec, weight: float) -> Mechanism:
+    """Return the mechanism of a site of the given size-class weight: public numbers only."""
+    return Mechanism(
+        clip_norm=privacy.clip_norm,
+        noise_multiplier=privacy.noise_multiplier,
+        expected_patients=privacy.sampling_rate * privacy.cohort_size * weight,
+        clipping=privacy.clipping,
+    )

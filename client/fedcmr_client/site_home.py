@@ -1,0 +1,118 @@
+"""A site's policy together with the ledger and the store that it names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from fedcmr_client.policy import load_policy
+from fedcmr_client.store.pseudonyms import read_secret
+from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.schemas.policy import SitePolicy
+
+if TYPE_CHECKING:
+    from fedcmr_client.ledger import Ledger, LedgerPlace
+    from fedcmr_client.store.site_store import SiteStore
+
+_HOUR_MS: Final = 3_600_000
+
+
+@dataclass(frozen=True)
+class SiteHome:
+    """What the site's commands and its agent work with; ``path`` is the policy file."""
+
+    policy: SitePolicy
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Read the policy at ``path``; ConfigurationError when it is wrong."""
+        return cls(load_policy(path), path)
+
+    def create_ledger(self) -> Ledger:
+        """Make the site's ledger with the policy's budget and the store's secret.
+
+        Raises:
+            DataError: the store has no secret.
+            LedgerError: there is a ledger already, or it cannot be written.
+        """
+        from fedcmr_client.ledger import CheckpointSchedule, Ledger
+
+        budget, places = self.policy.budget, self.policy.ledger
+        return Ledger.create(
+            self._place(),
+            site=self.policy.site,
+            secret=self._secret(),
+            epsilon=budget.epsilon,
+            delta=budget.delta,
+            order=budget.order,
+            schedule=CheckpointSchedule(
+                every_s=3600 * places.checkpoint_hours, leaves=places.checkpoint_entries
+            ),
+        )
+
+    def open_ledger(self) -> Ledger:
+        """Open the ledger with the store's secret.
+
+        Raises:
+            DataError: the store has no secret.
+            LedgerError: the ledger cannot be trusted or read.
+            ConfigurationError: it was made for another site or with another budget.
+        """
+        from fedcmr_client.ledger import Ledger
+
+        ledger = Ledger.open(self._place(), secret=self._secret())
+        try:
+            self._compare(ledger)
+        except ConfigurationError:
+            ledger.close()
+            raise
+        return ledger
+
+    def restore_second_place(self) -> None:
+        """Write a lost second place anew, for a ledger that is surely the newest.
+
+        Raises:
+            DataError: the store has no secret.
+            LedgerError: the second place is there, or the ledger cannot be trusted.
+        """
+        from fedcmr_client.ledger import Ledger
+
+        Ledger.restore_second_place(self._place(), secret=self._secret())
+
+    def open_store(self) -> SiteStore:
+        """Open the site store; DataError when it is absent or damaged."""
+        from fedcmr_client.store.site_store import SiteStore
+
+        return SiteStore.open(self.policy.store)
+
+    def _compare(self, ledger: Ledger) -> None:
+        opened, policy = ledger.budget.opened, self.policy
+        places = policy.ledger
+        interval_ms = round(places.checkpoint_hours * _HOUR_MS)
+        hours = opened.checkpoint_interval_ms / _HOUR_MS
+        fixed: dict[str, tuple[object, object]] = {
+            "site": (policy.site, opened.site),
+            "budget.epsilon": (policy.budget.epsilon, opened.epsilon),
+            "budget.delta": (policy.budget.delta, opened.delta),
+            "budget.order": (policy.budget.order or opened.order, opened.order),
+            "ledger.checkpoint_hours": (interval_ms / _HOUR_MS, hours),
+            "ledger.checkpoint_entries": (places.checkpoint_entries, opened.checkpoint_leaves),
+        }
+        for field, (written, kept) in fixed.items():
+            if written != kept:
+                raise ConfigurationError(
+                    f"policy {self.path}: {field} is {written}, but the ledger was made with "
+                    f"{kept} and keeps it: write {kept}"
+                )
+
+    def _place(self) -> LedgerPlace:
+        from fedcmr_client.ledger import LedgerPlace
+
+        ledger = self.policy.ledger
+        head = ledger.second_place / f"{self.policy.site}.head.json"
+        return LedgerPlace(ledger.folder, head, ledger.database_url)
+
+    def _secret(self) -> bytes:
+        return read_secret(self.policy.store / "site.secret")

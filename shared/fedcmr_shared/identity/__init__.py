@@ -1,0 +1,1 @@
+"""Who a site is: its key and its signatures."""
