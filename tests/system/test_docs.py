@@ -1,5 +1,6 @@
 """What the documents show is true: commands parse, files exist, configurations validate."""
 
+import copy
 import re
 import shlex
 from pathlib import Path
@@ -43,11 +44,12 @@ def parse(arguments: list[str], group: click.Group, path: str) -> None:
         if rest:
             parse(rest, command, f"{path} {name}")
         return
+    # A copy: the commands are global, and other tests run them.
+    command = copy.copy(command)
+    command.params = [copy.copy(parameter) for parameter in command.params]
     for parameter in command.params:
         # Documents name files that only their reader has.
-        if isinstance(parameter.type, click.Path):
-            parameter.type.exists = False
-        if isinstance(parameter.type, click.File):
+        if isinstance(parameter.type, click.Path | click.File):
             parameter.type = click.STRING
     command.make_context(name, rest, parent=context, resilient_parsing=not rest)
 
