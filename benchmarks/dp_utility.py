@@ -48,7 +48,7 @@ from fedcmr_client.private_trainer import PrivateTrainer
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.store.split import Split
 from fedcmr_client.task_model import load_encoder
-from fedcmr_client.trainer import Trainer
+from fedcmr_client.trainer import Trainer, change_since, trained_values
 from fedcmr_server.optimisers import ServerOptimiser, weighted_mean
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.models.bundle import load_bundle
@@ -172,11 +172,10 @@ def train(work: Work) -> dict[str, Tensor]:
     trainer = trainer_of(
         model, job, records(work.store, "train"), load_encoder(job), site=work.store.name
     )
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    before = {name: p.detach().clone() for name, p in trained.items()}
+    before = trained_values(model)
     steps = job.training.local_steps
     trainer.run((work.first_round - 1) * steps, work.rounds * steps)
-    return {name: p.detach() - before[name] for name, p in trained.items()}
+    return change_since(before, model)
 
 
 def federate(job: JobSpec, start: State, stores: Sequence[Path], pool: Executor) -> State:

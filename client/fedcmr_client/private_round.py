@@ -25,6 +25,7 @@ from fedcmr_client.private_trainer import PrivateTrainer
 from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import ScanRecord
 from fedcmr_client.task_model import load_encoder, task_model
+from fedcmr_client.trainer import change_since, trained_values
 from fedcmr_shared.errors import FedcmrError, FederationError
 from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.models.cardiomm import CardioMM
@@ -56,10 +57,10 @@ def train_round(
     trainer = PrivateTrainer(
         model, job, records, encoder, site=home.policy.site, device=device, ranks=ranks
     )
-    before = {name: p.detach().cpu().clone() for name, p in _trained(model).items()}
+    before = trained_values(model)
     steps = job.training.local_steps
     trainer.run((task.round - 1) * steps, steps)
-    return {name: p.detach().cpu() - before[name] for name, p in _trained(model).items()}
+    return change_since(before, model)
 
 
 def train_round_on_gpus(task: Task, patients: Collection[str], home: SiteHome) -> dict[str, Tensor]:
@@ -90,10 +91,6 @@ def _run_processes(count: int, folder: Path) -> None:
     if finished.returncode != 0 or not (folder / _UPDATE).exists():
         tail = finished.stderr.strip().splitlines()[-20:]
         raise FederationError(f"training in {count} processes failed: " + "\n".join(tail))
-
-
-def _trained(model: CardioMM) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def main(folder: Path) -> None:

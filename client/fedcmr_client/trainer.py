@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -180,6 +180,16 @@ class Trainer:
         patient = patients[generator.integers(len(patients))]
         (image,) = self._cohort.draw(patient, 1, generator)
         return draw_sampling(image, self._job, generator)
+
+
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the values that are being trained, on the CPU, by name."""
+    return {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def change_since(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return how far ``model`` has moved from what `trained_values` returned: its update."""
+    return {name: value - before[name] for name, value in trained_values(model).items()}
 
 
 def draw_sampling(image: Image, job: JobSpec, generator: np.random.Generator) -> Undersampled:

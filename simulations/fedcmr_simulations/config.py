@@ -13,6 +13,7 @@ from fedcmr_client.store.split import SplitFractions
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.schemas.job import JobSpec, Pattern
+from fedcmr_shared.schemas.problems import problems
 from fedcmr_simulations.phantom.protocol import Detail
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
@@ -111,11 +112,7 @@ def read_config(schema: type[Schema], path: Path | None, packaged: str) -> Schem
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}"
-            for item in error.errors()
-        )
-        raise ConfigurationError(f"configuration {path}: {problems}") from error
+        raise ConfigurationError(f"configuration {path}: {problems(error)}") from error
 
 
 def _with_full_start(config: SimulationConfig, path: Path | None) -> SimulationConfig:

@@ -11,7 +11,7 @@ import torch
 from fedcmr_client.scoring import patient_scores
 from fedcmr_client.store.site_store import SiteStore
 from fedcmr_client.task_model import load_encoder, task_model
-from fedcmr_client.trainer import Trainer
+from fedcmr_client.trainer import Trainer, change_since, trained_values
 from fedcmr_shared.errors import DataError, JobRefused
 from fedcmr_shared.federation.messages import Scores, Task, Update
 from fedcmr_shared.models.bundle import state_sha256
@@ -46,11 +46,10 @@ class UnprotectedSite:
         with SiteStore.open(self.store) as store:
             records = store.cohort("train", job.cohort)
         trainer = Trainer(model, job, records, load_encoder(job), site=self.name)
-        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        before = trained_values(model)
         steps = job.training.local_steps
         loss = trainer.run((task.round - 1) * steps, steps)
-        after = dict(model.named_parameters())
-        delta = {name: after[name].detach() - value for name, value in before.items()}
+        delta = change_since(before, model)
         return Update(self.name, task.round, state_sha256(task.state), delta, loss)
 
     def evaluate(self, task: Task) -> Scores:

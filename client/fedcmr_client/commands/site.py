@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fedcmr_client.commands.policy_option import policy_option
-from fedcmr_client.commands.site_check import check
+from fedcmr_client.commands.site_check import SHOWN, check
 from fedcmr_client.commands.site_plan import plan
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from fedcmr_client.ledger import Ledger, Spending
     from fedcmr_client.site_home import SiteHome
     from fedcmr_shared.schemas.policy import SitePolicy
-
-_SHOWN: Final = 12  # characters of a job's SHA-256 in tables
 
 
 @click.group()
@@ -265,14 +263,14 @@ def cancel(job: str, policy_path: Path, as_json: bool) -> None:
         found = _find_job(ledger, job)
         state = ledger.budget.jobs[found]
         if state.closed is not None:
-            raise LedgerError(f"job {found[:_SHOWN]} is {state.closed} already: nothing to cancel")
+            raise LedgerError(f"job {found[:SHOWN]} is {state.closed} already: nothing to cancel")
         released = {phase: state.left(phase) for phase in state.admitted.phases}
         ledger.finish(found, "cancelled")
     if as_json:
         print_json({"job": found, "name": state.admitted.name, "released": released})
     else:
         starts = ", ".join(f"{count} starts to {phase}" for phase, count in released.items())
-        click.echo(f"{state.admitted.name} ({found[:_SHOWN]}) is cancelled; released: {starts}")
+        click.echo(f"{state.admitted.name} ({found[:SHOWN]}) is cancelled; released: {starts}")
 
 
 @site.command("export-evidence")
@@ -382,7 +380,7 @@ def _job_json(job: Any) -> dict[str, Any]:
 def _job_rows(spending: Spending) -> list[dict[str, object]]:
     return [
         {
-            "job": job.job[:_SHOWN],
+            "job": job.job[:SHOWN],
             "name": job.name,
             "model": job.model,
             "state": job.outcome or "open",

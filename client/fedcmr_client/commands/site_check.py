@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedcmr_client.ledger import Ledger
     from fedcmr_shared.schemas.job import JobSpec
 
-_SHOWN: Final = 12  # characters of a job's SHA-256 in tables
+SHOWN: Final = 12  # characters of a job's SHA-256 in tables
 
 
 @click.command()
@@ -60,18 +60,15 @@ def _read_job(path: Path) -> JobSpec:
 
     from fedcmr_client.policy import read_yaml
     from fedcmr_shared.schemas.job import JobSpec
+    from fedcmr_shared.schemas.problems import problems
 
     content = read_yaml(path, "job")
     try:
         # A simulation's configuration holds its job beside other things.
         return JobSpec.model_validate(content.get("job", content))
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc'])) or 'the file'}: {item['msg']}"
-            for item in error.errors()
-        )
         message = "correct it, `fedcmr schema show job` explains"
-        raise ConfigurationError(f"job {path}: {problems}: {message}") from error
+        raise ConfigurationError(f"job {path}: {problems(error)}: {message}") from error
 
 
 def _forecast(job: JobSpec, ledger: Ledger) -> dict[str, Any]:
@@ -117,7 +114,7 @@ def _budget_text(budget: Mapping[str, Any]) -> str:
 
 def _print_rules(job: JobSpec, rows: list[dict[str, Any]]) -> None:
     shown = [{**row, "result": "pass" if row["passed"] else "FAIL"} for row in rows]
-    print_table(f"{job.name} ({job.sha256[:_SHOWN]})", shown, ("rule", "result", "text"))
+    print_table(f"{job.name} ({job.sha256[:SHOWN]})", shown, ("rule", "result", "text"))
     failed = [row["rule"] for row in rows if not row["passed"]]
     if failed:
         click.echo(f"refused: {', '.join(failed)}")

@@ -20,9 +20,6 @@ from fedcmr_shared.privacy.accounting import Figures, figures, rdp_limit
 from fedcmr_shared.privacy.budget import Budget, JobState, noised, patient_committed
 from fedcmr_shared.schemas.ledger import Admitted, Opened, Phase, Release, Reservation
 
-LARGEST_ORDER: Final = 4096
-"""Largest Rényi order that a ledger may use; bounds an auditor's work."""
-
 _MOST_PRV: Final = 20  # a cross-check takes up to seconds
 
 

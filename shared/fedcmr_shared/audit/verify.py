@@ -15,11 +15,11 @@ from typing import Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedcmr_shared.audit.account import LARGEST_ORDER, Account, account
+from fedcmr_shared.audit.account import Account, account
 from fedcmr_shared.audit.evidence import Evidence
 from fedcmr_shared.errors import ConfigurationError, LedgerError
 from fedcmr_shared.identity.keys import verify_signature
-from fedcmr_shared.privacy.accounting import rdp_limit
+from fedcmr_shared.privacy.accounting import LARGEST_ORDER, rdp_limit
 from fedcmr_shared.privacy.budget import Budget
 from fedcmr_shared.privacy.merkle import MerkleTree, verify_consistency, verify_inclusion
 from fedcmr_shared.schemas.ledger import (

@@ -8,7 +8,7 @@ Gaussian DP (the central-limit accountant) is no upper bound and is not used.
 
 The relation is zero-out: one patient's contribution is replaced by zero while sampling rate,
 steps, denominators and weights stay. It costs the same as adding or removing a patient (Kairouz et
-al., arXiv 2103.00039, section 2; `REPLACE_SPECIAL` in dp-accounting), so the known figures of the
+al., arXiv 2103.00039; `REPLACE_SPECIAL` in dp-accounting), so the known figures of the
 Poisson-subsampled Gaussian for add/remove are used.
 """
 

@@ -2,8 +2,8 @@
 
 An AES-256-CTR key stream under a fresh key gives 53-bit uniform numbers, Box-Muller turns them
 into normal ones in float64. Each returned value is the sum of four such numbers divided by two
-(Holohan and Braghin, Secure random sampling in differential privacy, arXiv 2107.10138, section
-6): whoever inverts the floating-point values of one draw learns nothing about the others. There
+(Holohan and Braghin, Secure random sampling in differential privacy, arXiv 2107.10138):
+whoever inverts the floating-point values of one draw learns nothing about the others. There
 is no way to pass a seed; a test that needs known noise replaces :func:`os.urandom`.
 """
 
