@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-dev
+# Without the long ones: drawn schedules and fuzzing.
+SECAGG_TESTS := $(patsubst %,tests/shared/test_%.py,agreement secagg_adversary secagg_encoding \
+	secagg_layout secagg_protocol shamir)
 # One thread a process: on small machines a second thread contends more than it helps.
 export OMP_NUM_THREADS = 1
 export OMP_WAIT_POLICY = PASSIVE
@@ -10,13 +13,18 @@ export OMP_WAIT_POLICY = PASSIVE
 export MALLOC_MMAP_THRESHOLD_ = 1000000000
 export MALLOC_TRIM_THRESHOLD_ = 1000000000
 
-.PHONY: demo test check install clean
+.PHONY: demo test coverage check install clean
 
-demo: install ## Four virtual hospitals fine-tune CardioMM privately; prints the report's path.
-	$(BIN)/fedcmr simulate run --sites 4 --rounds 3
+demo: install ## Four virtual hospitals fine-tune CardioMM privately, and some die on the way.
+	$(BIN)/fedcmr simulate run --sites 4 --rounds 3 --drop cedar:2 --drop birch:3 --drop dogwood:3:consistency
 
 test: install check ## Everything that CI runs.
 	$(BIN)/pytest -n 2 --dist worksteal
+	$(MAKE) coverage
+
+coverage: install ## Fails unless the tests of the secure aggregation run each of its branches.
+	$(BIN)/coverage run -m pytest $(SECAGG_TESTS)
+	$(BIN)/coverage report
 
 check: install
 	$(BIN)/ruff check
@@ -32,4 +40,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) runs dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*

@@ -62,7 +62,8 @@ def main() -> None:
     steps = parser.parse_args().steps
     job = load_config(None).job
     training = job.training.model_copy(update={"local_steps": steps})
-    job = job.model_copy(update={"training": training, "rounds": 2, "minimum_sites": 1})
+    alone = {"minimum_sites": 1, "aggregation": "plain_with_local_dp"}
+    job = job.model_copy(update={"training": training, "rounds": 2, **alone})
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         simulate_centres(root / "sites", 1, 8, seed=0, detail="quick")

@@ -112,6 +112,7 @@ def make_home(tmp_path: Path, make_site: SiteFactory) -> HomeFactory:
             "ledger": {"folder": folder / "ledger", "second_place": folder / "second-place"},
             "max_epsilon_per_job": 8.0,
             "minimum_sites": 1,
+            "aggregation": ["plain_with_local_dp"],
             "coordinators": ["coordinator"],
             "jobs": ["*"],
             "models": ["cardiomm"],

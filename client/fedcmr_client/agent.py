@@ -7,7 +7,7 @@ For every task, in this order, and each step only after the one before:
 3. the ledger admits the job: it reserves the budget of all its rounds and spare rounds;
 4. the ledger marks the round as started, which spends it, on disk and in the second place;
 5. the round is trained or scored, with noise;
-6. the noisy result is stored, then sent.
+6. the noisy result is stored, then sent, or masked for a secure sum (`SecureSite`).
 
 A crash after step 4 costs a spare round. Nothing that a job or message says can change the order
 or the policy.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from flwr.app import RecordDict
 from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -35,6 +36,7 @@ from fedcmr_client.ledger import Ledger
 from fedcmr_client.private_round import train_round, train_round_on_gpus
 from fedcmr_client.private_trainer import gradient_engine
 from fedcmr_client.scoring import patient_scores
+from fedcmr_client.secure_site import SecureSite
 from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.task_model import load_encoder, task_model
@@ -43,10 +45,11 @@ from fedcmr_shared.errors import ConfigurationError, JobRefused
 from fedcmr_shared.federation.messages import Scores, Task, Update
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.cardiomm import CardioMM
-from fedcmr_shared.privacy.evaluation import mean_scores, noisy_sums
+from fedcmr_shared.privacy.evaluation import noisy_totals
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
 from fedcmr_shared.schemas.privacy import Metric, PrivacySpec
+from fedcmr_shared.secagg.messages import Step
 
 Result = TypeVar("Result", Update, Scores)
 
@@ -69,6 +72,16 @@ class SiteAgent:
         return self.home.policy.reply_tick_s
 
     def train(self, task: Task) -> Update:
+        """Answer a round in the open, for jobs that aggregate so; see `noised_update`."""
+        self._require_plain(task.job)
+        return self.noised_update(task)
+
+    def evaluate(self, task: Task) -> Scores:
+        """Answer with this site's own scores, for jobs that aggregate so; see `noised_scores`."""
+        self._require_plain(task.job)
+        return self.noised_scores(task)
+
+    def noised_update(self, task: Task) -> Update:
         """Train one round with patient-level privacy and return the noisy update.
 
         Raises:
@@ -77,9 +90,34 @@ class SiteAgent:
         """
         return self._answer(task, "train", self._train, _pack_update, _read_update)
 
-    def evaluate(self, task: Task) -> Scores:
-        """Score the task's model on held-out patients and return noisy means; as `train`."""
+    def noised_scores(self, task: Task) -> Scores:
+        """Score the task's model on held-out patients with noise; as `noised_update`."""
         return self._answer(task, "evaluate", self._evaluate, _pack_scores, _read_scores)
+
+    def secure_answer(self, step: Step, content: RecordDict) -> RecordDict:
+        """Answer a step of a secure sum; see `SecureSite.answer`."""
+        return SecureSite(self).answer(step, content)
+
+    def require_allowed(self, job: JobSpec, phase: Phase, number: int) -> None:
+        """Hold a job against the policy alone, and write a refusal into the ledger.
+
+        Raises:
+            JobRefused: the policy does not allow it, or the job has no such round.
+        """
+        try:
+            self._require_allowed(job, phase, number)
+        except JobRefused as refusal:
+            with closing(self.home.open_ledger()) as ledger:
+                ledger.refuse(job.sha256, refusal.code, refusal.rule)
+            raise
+
+    def _require_plain(self, job: JobSpec) -> None:
+        # A coordinator may ask for anything; a result that belongs in a sum leaves only in it.
+        if job.aggregation != "plain_with_local_dp":
+            with closing(self.home.open_ledger()) as ledger:
+                ledger.refuse(job.sha256, "aggregation", "aggregation")
+            message = f"job {job.name} aggregates by {job.aggregation}: results leave masked only"
+            raise JobRefused("aggregation", "aggregation", message)
 
     def _answer(
         self,
@@ -158,10 +196,15 @@ class SiteAgent:
         privacy = _privacy(job)
         device = torch.device(self.home.policy.device)
         scores = patient_scores(model, job, records, load_encoder(job), device)
-        names = self._metrics(privacy)
-        sums = noisy_sums(list(scores.values()), names, privacy.evaluation.noise_multiplier)
-        patients = privacy.evaluation.cohort_size * job.weight(self.name)
-        return Scores(self.name, task.round, state_sha256(task.state), mean_scores(sums, patients))
+        spec = privacy.evaluation
+        totals = noisy_totals(
+            list(scores.values()),
+            spec.metrics,
+            spec.noise_multiplier,
+            spec.histogram_bins,
+            self._metrics(privacy),
+        )
+        return Scores(self.name, task.round, state_sha256(task.state), totals)
 
     def _metrics(self, privacy: PrivacySpec) -> list[Metric]:
         """Scores that the job asks for and the policy lets out."""
@@ -196,21 +239,18 @@ def _close_after_last(ledger: Ledger, job: JobSpec, phase: Phase, number: int) -
 
 
 def _pack_update(update: Update) -> bytes:
-    return _pack(update, dict(update.delta), {})
+    return _pack(update, update.delta)
 
 
 def _pack_scores(scores: Scores) -> bytes:
-    return _pack(scores, {}, dict(scores.values))
+    return _pack(scores, scores.totals)
 
 
-def _pack(
-    answer: Update | Scores, tensors: dict[str, Tensor], values: Mapping[str, float]
-) -> bytes:
+def _pack(answer: Update | Scores, tensors: Mapping[str, Tensor]) -> bytes:
     header = {
         "site": answer.site,
         "round": answer.round,
         "model_sha256": answer.model_sha256,
-        "values": dict(values),
     }
     return save_tensors(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
@@ -224,8 +264,8 @@ def _read_update(path: Path) -> Update:
 
 
 def _read_scores(path: Path) -> Scores:
-    header, _ = _read(path)
-    return Scores(header["site"], header["round"], header["model_sha256"], header["values"])
+    header, tensors = _read(path)
+    return Scores(header["site"], header["round"], header["model_sha256"], tensors)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

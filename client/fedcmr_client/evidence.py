@@ -11,15 +11,13 @@ from fedcmr_shared.audit.evidence import Disclosed, EarlierCheckpoint, Evidence
 from fedcmr_shared.errors import LedgerError
 from fedcmr_shared.privacy.merkle import MerkleTree, leaf_hash
 from fedcmr_shared.schemas.ledger import (
-    Admitted,
     Checkpoint,
     ClockSet,
     Closed,
     Entry,
+    JobEntry,
     Leaf,
     Opened,
-    Started,
-    Stored,
 )
 
 
@@ -29,7 +27,7 @@ def build(ledger: Ledger, job: str | None = None) -> Evidence:
     Only what the newest outward checkpoint covers can be proven; that checkpoint is made now if
     it is due. The ledger's own scope then ends at it. A job's evidence may end before the job's
     newest entry while the job is open, which makes its figures larger, never smaller; for a
-    closed job it must reach the end.
+    closed job it must reach the entry that closes it.
 
     Raises:
         LedgerError: the job was never admitted, its admission or its end is not covered yet (the
@@ -69,11 +67,13 @@ def _of_job(leaves: Sequence[Leaf], job: str, checkpoint: Checkpoint) -> list[in
         raise LedgerError(
             f"job {job[:12]} was never admitted here: `fedcmr site status` lists the jobs"
         )
-    closed = isinstance(leaves[own[-1]].entry, Closed)
-    needed = own[-1] if closed else own[0]
+    # What follows the closing entry opens secure sums and costs nothing.
+    closed = next((index for index in own if isinstance(leaves[index].entry, Closed)), None)
+    needed = own[0] if closed is None else closed
     if needed >= checkpoint.size:
         raise LedgerError(
-            f"no checkpoint covers the {'end' if closed else 'admission'} of job {job[:12]} yet: "
+            f"no checkpoint covers the {'admission' if closed is None else 'end'} of job "
+            f"{job[:12]} yet: "
             f"export again after {_covered_at(leaves, needed)}"
         )
     last = max(index for index in own if index < checkpoint.size)
@@ -82,7 +82,7 @@ def _of_job(leaves: Sequence[Leaf], job: str, checkpoint: Checkpoint) -> list[in
 
 
 def _belongs(entry: Entry, job: str) -> bool:
-    return isinstance(entry, Admitted | Started | Stored | Closed) and entry.job == job
+    return isinstance(entry, JobEntry) and entry.job == job
 
 
 def _covered_at(leaves: Sequence[Leaf], index: int) -> str:

@@ -135,9 +135,8 @@ def _minimum_sites(job: JobSpec, policy: SitePolicy, now: datetime) -> tuple[boo
 
 
 def _aggregation(job: JobSpec, policy: SitePolicy, now: datetime) -> tuple[bool, str]:
-    if job.aggregation == "secure":
-        return False, "secure aggregation is not available in this version"
-    return policy.aggregation == "plain", f"{job.aggregation}; at least {policy.aggregation}"
+    allowed = policy.aggregation
+    return job.aggregation in allowed, f"{job.aggregation}; allowed: {_listing(allowed)}"
 
 
 def _cohort_query(job: JobSpec, policy: SitePolicy, now: datetime) -> tuple[bool, str]:
@@ -164,8 +163,24 @@ def _evaluation_noise(job: JobSpec, policy: SitePolicy, now: datetime) -> tuple[
     noise = job.privacy.evaluation.noise_multiplier
     if noise is not None:
         return True, f"scores leave with noise {noise:g}"
+    if job.aggregation == "plain_with_local_dp":
+        # The figures would be this site's, not the federation's.
+        return False, "scores leave without noise, which needs secure aggregation"
     allowed = "allows" if policy.evaluation.allow_unnoised else "does not allow"
     return policy.evaluation.allow_unnoised, f"scores leave without noise; the site {allowed} it"
+
+
+def _distributed_noise(job: JobSpec, policy: SitePolicy, now: datetime) -> tuple[bool, str]:
+    if job.privacy is None:
+        return False, _NO_PRIVACY
+    distributed = job.privacy.distributed
+    if distributed is None:
+        return True, "the site adds the whole noise itself"
+    allowed = "allows" if policy.allow_distributed_noise else "does not allow"
+    return policy.allow_distributed_noise, (
+        f"the site adds a share of the noise and trusts all but {distributed.unseen_sites} of the "
+        f"others; the site {allowed} it"
+    )
 
 
 def _quiet_hours(job: JobSpec, policy: SitePolicy, now: datetime) -> tuple[bool, str]:
@@ -204,6 +219,7 @@ _RULES: Final[dict[RefusalCode, _Check]] = {
     "aggregation": _aggregation,
     "cohort-query": _cohort_query,
     "evaluation-noise": _evaluation_noise,
+    "distributed-noise": _distributed_noise,
     "quiet-hours": _quiet_hours,
     "device-hours": _device_hours,
     "energy": _energy,

@@ -21,13 +21,13 @@ __all__ = ["SitePolicy", "load_policy", "order_of", "parse_policy", "policy_text
 _WIDTH: Final = 92
 _HEADER: Final = (
     "What this site lets jobs do. Nothing in a job or message can weaken it: a job that breaks a "
-    "rule is refused before any data is opened. Folders are relative to this file. "
+    "rule is refused before any data is opened. Paths are relative to this file. "
     "See which rules a job breaks with: fedcmr site check JOB"
 )
 
 
 def load_policy(path: Path) -> SitePolicy:
-    """Read ``path``; folders in it are relative to the file and come back absolute.
+    """Read ``path``; paths in it are relative to the file and come back absolute.
 
     Raises:
         ConfigurationError: the file cannot be read, is no YAML mapping, names a field twice or has
@@ -43,7 +43,11 @@ def load_policy(path: Path) -> SitePolicy:
         }
     )
     absolute = policy.model_copy(
-        update={"store": (base / policy.store).resolve(), "ledger": ledger}
+        update={
+            "store": (base / policy.store).resolve(),
+            "ledger": ledger,
+            "roster": policy.roster and (base / policy.roster).resolve(),
+        }
     )
     # Whether two folders lie in one another shows only now.
     return parse_policy(path, absolute.model_dump())

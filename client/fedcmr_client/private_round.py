@@ -48,6 +48,8 @@ def train_round(
 ) -> dict[str, Tensor]:
     """Train ``model`` on ``records`` for the task's round and return the noisy update.
 
+    With distributed noise that is the integer sum of one step, for the secure sum alone.
+
     Raises:
         JobRefused: the job's gradient engine is not exact for this model.
     """
@@ -57,6 +59,8 @@ def train_round(
     trainer = PrivateTrainer(
         model, job, records, encoder, site=home.policy.site, device=device, ranks=ranks
     )
+    if job.privacy is not None and job.privacy.distributed is not None:
+        return trainer.integers(task.round)
     before = trained_values(model)
     steps = job.training.local_steps
     trainer.run((task.round - 1) * steps, steps)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedcmr_client.dataset import Cohort, Image, Undersampled, undersample
 from fedcmr_client.store.site_store import ScanRecord
@@ -21,14 +21,14 @@ from fedcmr_client.trainer import LocalOptimiser, ReconstructionLoss, draw_sampl
 from fedcmr_shared.errors import ConfigurationError, DataError
 from fedcmr_shared.kspace.masks import Sampling
 from fedcmr_shared.models.cardiomm import CardioMM
+from fedcmr_shared.privacy.distributed import noise_share
 from fedcmr_shared.privacy.engines import engine_for
 from fedcmr_shared.privacy.mechanism import Engine, Mechanism, set_gradients
 from fedcmr_shared.privacy.parts import freeze, trainable_names
 from fedcmr_shared.privacy.ranks import ALONE, Ranks
-from fedcmr_shared.privacy.step import PatientCounts, private_gradient
+from fedcmr_shared.privacy.step import PatientCounts, private_gradient, private_integers
 from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
 from fedcmr_shared.schemas.job import JobSpec
-from fedcmr_shared.schemas.privacy import PrivacySpec
 from fedcmr_shared.text.encoders import TextEncoder
 
 _log = logging.getLogger("fedcmr.site")
@@ -65,7 +65,7 @@ class PrivateTrainer:
         self._ranks = ranks
         self._engine = gradient_engine(self._model, job, encoder, torch.device(device))
         self._parameters = list(self._engine.parameters)
-        self.mechanism = mechanism(job.privacy, job.weight(site))
+        self.mechanism = Mechanism.of(job.privacy, job.weight(site))
         self._optimiser = LocalOptimiser(job, self._parameters)
 
     def run(self, first_step: int, steps: int) -> None:
@@ -83,6 +83,29 @@ class PrivateTrainer:
             _report(step, result.counts)
             set_gradients(self._parameters, result.gradients)
             self._optimiser.step(step)
+
+    def integers(self, number: int) -> dict[str, Tensor]:
+        """Return the integer sum of one step, for a job with distributed noise; moves nothing.
+
+        It holds this site's share of the noise, too little by itself: it may leave inside the
+        secure sum only. ``number`` of the round is for the site's log.
+
+        Raises:
+            ConfigurationError: the job's noise is not distributed.
+        """
+        self._model.train()
+        result = private_integers(
+            self._engine,
+            self._cohort.patients,
+            self._load,
+            self.mechanism,
+            self._privacy.sampling_rate,
+            noise_share(self._job),
+            ranks=self._ranks,
+        )
+        _report(number - 1, result.counts)
+        names = trainable_names(self._job.model, self._model, self._job.training.part)
+        return {n: t.cpu() for n, t in zip(names, result.gradients, strict=True)}
 
     def _load(self, patient: str) -> list[Undersampled]:
         generator = np.random.default_rng(int.from_bytes(os.urandom(16)))
@@ -120,8 +143,12 @@ def gradient_engine(
 
     Raises:
         JobRefused: the engine is not exact for this model.
+        ConfigurationError: distributed noise has too few levels for this model.
     """
     parameters = freeze(model, trainable_names(job.model, model, job.training.part))
+    if job.privacy is not None:
+        # A job whose levels are too few for this model fails here, before anything is spent.
+        Mechanism.of(job.privacy, 1).grid_scale(sum(p.numel() for p in parameters))
 
     def loss_of(module: nn.Module) -> ReconstructionLoss:
         return ReconstructionLoss(module, job, encoder, device)
@@ -157,13 +184,3 @@ def _synthetic_images() -> list[Undersampled]:
         kspace = torch.randn(shape, dtype=torch.complex128, generator=generator)
         images.append(undersample(Image(record, 0, 0, kspace), sampling, seed))
     return images
-
-
-def mechanism(privacy: PrivacySpec, weight: float) -> Mechanism:
-    """Return the mechanism of a site of the given size-class weight: public numbers only."""
-    return Mechanism(
-        clip_norm=privacy.clip_norm,
-        noise_multiplier=privacy.noise_multiplier,
-        expected_patients=privacy.sampling_rate * privacy.cohort_size * weight,
-        clipping=privacy.clipping,
-    )

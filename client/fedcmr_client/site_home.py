@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Final, Self
 from fedcmr_client.policy import load_policy
 from fedcmr_client.store.pseudonyms import read_secret
 from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.identity.keys import SiteKey
+from fedcmr_shared.identity.roster import Roster, read_roster
 from fedcmr_shared.schemas.policy import SitePolicy
 
 if TYPE_CHECKING:
     from fedcmr_client.ledger import Ledger, LedgerPlace
+    from fedcmr_client.secure_sessions import SessionStore
     from fedcmr_client.store.site_store import SiteStore
 
 _HOUR_MS: Final = 3_600_000
@@ -86,6 +89,30 @@ class SiteHome:
         from fedcmr_client.store.site_store import SiteStore
 
         return SiteStore.open(self.policy.store)
+
+    def identity(self) -> SiteKey:
+        """Read the site's signing key, which was made with its ledger; LedgerError if absent."""
+        return SiteKey.load(self._place().key)
+
+    def roster(self) -> Roster:
+        """Read the roster that the policy names.
+
+        Raises:
+            ConfigurationError: the policy names none, or it cannot be used.
+        """
+        if self.policy.roster is None:
+            raise ConfigurationError(
+                f"policy {self.path}: secure aggregation needs the federation's sites and keys: "
+                "name the file in roster"
+            )
+        return read_roster(self.policy.roster)
+
+    def sessions(self) -> SessionStore:
+        """Return where this site keeps the secrets of running secure sums."""
+        from fedcmr_client.secure_sessions import SessionStore
+
+        folder = self.policy.ledger.folder / "sessions"
+        return SessionStore(folder, self.identity().storage_key("secure sums"))
 
     def _compare(self, ledger: Ledger) -> None:
         opened, policy = ledger.budget.opened, self.policy

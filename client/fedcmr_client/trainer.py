@@ -110,7 +110,7 @@ class LocalOptimiser:
         # An adaptive optimiser without history takes steps of full size in random directions.
         warmup = min(1.0, (self._steps_taken + 1) / (self._job.training.warmup_steps + 1))
         for group in self._optimiser.param_groups:
-            group["lr"] = warmup * learning_rate(self._job, step)
+            group["lr"] = warmup * self._job.learning_rate(step)
         self._optimiser.step()
         self._steps_taken += 1
 
@@ -201,14 +201,6 @@ def draw_sampling(image: Image, job: JobSpec, generator: np.random.Generator) ->
         acs_lines=spec.acs_lines,
     )
     return undersample(image, sampling, seed=int(generator.integers(2**31)))
-
-
-def learning_rate(job: JobSpec, step: int) -> float:
-    """Cosine decay over all steps of the job, down to the spec's final fraction."""
-    spec = job.training
-    progress = step / max(1, job.rounds * spec.local_steps)
-    low = spec.learning_rate * spec.final_learning_rate_fraction
-    return low + (spec.learning_rate - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
 
 def l1_loss(image: Tensor, target: Tensor) -> Tensor:

@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from typing import Literal, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Final, Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedcmr_shared.errors import FederationError
 
-Action = Literal["train", "evaluate"]
+CONNECT_TIMEOUT_S: Final = 300.0
+FIRST_PAUSE_S: Final = 0.2
+LONGEST_PAUSE_S: Final = 2.0
+_PAUSE_GROWTH: Final = 1.5
+_GRACE_S: Final = 60.0  # a question is void so long after its answer would be late
 
 _log = logging.getLogger("fedcmr.server")
 
 
 class SiteLink(Protocol):
-    """Sends one content to all sites and collects the answers."""
+    """Sends contents to sites and collects the answers."""
 
     def connected(self, at_least: int, timeout_s: float) -> list[int]:
-        """Return the ids of the connected sites, sorted.
+        """Return the ids of the connected nodes, sorted.
 
         Raises:
             FederationError: fewer than ``at_least`` are connected when the time is over.
         """
 
     def exchange(
-        self, action: Action, content: RecordDict, sites: list[int], timeout_s: float
-    ) -> Mapping[int, RecordDict]:
-        """Send ``content`` to ``sites`` and return what came back in time, by site id.
+        self, action: str, contents: Mapping[int, RecordDict], timeout_s: float
+    ) -> Iterator[tuple[int, RecordDict]]:
+        """Send each node its content; yield node and answer as the answers arrive.
 
-        A site that fails or is late is absent from the result.
+        ``action`` is Flower's message type: ``train``, ``evaluate``, ``train.keys`` and so on. A
+        node that fails or is late does not occur. The link keeps no answer that it yielded, so
+        that only one needs to be in memory.
         """
 
 
 class FlowerLink:
-    """:class:`SiteLink` over Flower's grid."""
+    """:class:`SiteLink` over Flower's grid.
+
+    Flower's own ``send_and_receive`` looks for answers every 3 s and returns all of them at once:
+    too slow for the short steps of a secure sum, and too large for its vectors.
+    """
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -46,26 +56,53 @@ class FlowerLink:
         """See :class:`SiteLink`."""
         deadline = time.monotonic() + timeout_s
         while True:
-            sites = sorted(self._grid.get_node_ids())
-            if len(sites) >= at_least:
-                return sites
+            nodes = sorted(self._grid.get_node_ids())
+            if len(nodes) >= at_least:
+                return nodes
             if time.monotonic() > deadline:
                 raise FederationError(
-                    f"{len(sites)} of at least {at_least} sites connected within {timeout_s:g} s: "
+                    f"{len(nodes)} of at least {at_least} sites connected within {timeout_s:g} s: "
                     "start the missing sites or lower minimum_sites in the job"
                 )
-            time.sleep(0.2)
+            time.sleep(FIRST_PAUSE_S)
 
     def exchange(
-        self, action: Action, content: RecordDict, sites: list[int], timeout_s: float
-    ) -> Mapping[int, RecordDict]:
+        self, action: str, contents: Mapping[int, RecordDict], timeout_s: float
+    ) -> Iterator[tuple[int, RecordDict]]:
         """See :class:`SiteLink`."""
-        messages = [Message(content, dst_node_id=site, message_type=action) for site in sites]
-        answers: dict[int, RecordDict] = {}
-        for reply in self._grid.send_and_receive(messages, timeout=timeout_s):
-            site = reply.metadata.src_node_id
-            if reply.has_error():
-                _log.warning("site %d answered with Flower error %d", site, reply.error.code)
+        deadline = time.monotonic() + timeout_s
+        pending = self._push(action, contents, timeout_s + _GRACE_S)
+        pause = FIRST_PAUSE_S
+        while pending:
+            last_look = time.monotonic() >= deadline
+            for question in list(pending):
+                # One at a time: a pull of all would hold all answers at once.
+                for reply in self._grid.pull_messages([question]):
+                    node = pending.pop(question)
+                    if reply.has_error():
+                        _log.warning("node %d: Flower error %d", node, reply.error.code)
+                        continue
+                    answer = reply.content
+                    del reply
+                    yield node, answer
+                    del answer
+            if last_look or not pending:
+                break
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(LONGEST_PAUSE_S, pause * _PAUSE_GROWTH)
+        for node in pending.values():
+            _log.warning("node %d: no answer to `%s` within %g s", node, action, timeout_s)
+
+    def _push(
+        self, action: str, contents: Mapping[int, RecordDict], lifetime_s: float
+    ) -> dict[str, int]:
+        """Send the questions; return the nodes by the id of their question."""
+        pending = {}
+        for node, content in contents.items():
+            message = Message(content, dst_node_id=node, message_type=action, ttl=lifetime_s)
+            ids = [question for question in self._grid.push_messages([message]) if question]
+            if ids:
+                pending[ids[0]] = node
             else:
-                answers[site] = reply.content
-        return answers
+                _log.warning("node %d: Flower did not take the question `%s`", node, action)
+        return pending

@@ -127,14 +127,8 @@ def weighted_mean(
     Raises:
         FederationError: no updates, differing layouts, or a non-finite value.
     """
-    if not updates:
-        raise FederationError("there are no updates to average")
+    check_updates(updates)
     sites = sorted(updates)
-    for site in sites:
-        check_same_layout(updates[sites[0]], updates[site], f"the update of site {site}")
-        for name, tensor in updates[site].items():
-            if not torch.isfinite(tensor).all():
-                raise FederationError(f"the update of site {site} is not finite in {name}")
     total = sum(weights[site] for site in sites)
     return {
         name: sum(
@@ -143,6 +137,22 @@ def weighted_mean(
         )
         for name in updates[sites[0]]
     }
+
+
+def check_updates(updates: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Return if there are updates, all finite and with the same names and shapes.
+
+    Raises:
+        FederationError: it is not so; the message names the site or group.
+    """
+    if not updates:
+        raise FederationError("there are no updates to average")
+    first = min(updates)
+    for source in sorted(updates):
+        check_same_layout(updates[first], updates[source], f"the update of {source}")
+        for name, tensor in updates[source].items():
+            if not torch.isfinite(tensor).all():
+                raise FederationError(f"the update of {source} is not finite in {name}")
 
 
 def check_same_layout(

@@ -3,7 +3,8 @@
 ::
 
     job.json                       the job as published
-    metrics.jsonl                  one event a line, appended and flushed as it happens
+    roster.yaml                    the sites of a job that aggregates securely
+    metrics.jsonl                  one event a line, on disk when it has happened
     checkpoints/round-000.safetensors            bundle with the model after round 0, 1, …
     checkpoints/round-000.optimiser.safetensors  server optimiser state after that round
 
@@ -17,13 +18,14 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedcmr_shared.errors import ConfigurationError, FederationError
+from fedcmr_shared.identity.roster import Roster, read_roster, roster_text
 from fedcmr_shared.models.bundle import load_bundle, save_bundle
 from fedcmr_shared.schemas.job import JobSpec
 
@@ -45,9 +47,15 @@ class RunFolder:
 
     @classmethod
     def create(
-        cls, root: Path, job: JobSpec, start: Mapping[str, Tensor] | None = None
+        cls,
+        root: Path,
+        job: JobSpec,
+        start: Mapping[str, Tensor] | None = None,
+        roster: Roster | None = None,
     ) -> RunFolder:
         """Make the folder of a new run; the job starts from ``start``, or from its seed.
+
+        A job that aggregates securely needs a ``roster`` before it runs.
 
         Raises:
             ConfigurationError: the folder exists and is not empty.
@@ -57,6 +65,8 @@ class RunFolder:
         (root / "checkpoints").mkdir(parents=True)
         (root / "job.json").write_text(job.model_dump_json(indent=2) + "\n")
         folder = cls(root)
+        if roster is not None:
+            folder.roster_path.write_text(roster_text(roster), encoding="utf-8")
         if start is not None:
             folder.commit(Checkpoint(round=0, state=start, optimiser={}))
         return folder
@@ -74,10 +84,36 @@ class RunFolder:
         except (OSError, ValidationError) as error:
             raise FederationError(f"{path} cannot be read as a job: {error}") from error
 
+    @property
+    def roster_path(self) -> Path:
+        """Where the roster lies."""
+        return self.root / "roster.yaml"
+
+    @property
+    def roster(self) -> Roster:
+        """The sites of this run.
+
+        Raises:
+            FederationError: roster.yaml is missing.
+            ConfigurationError: it cannot be read.
+        """
+        if not self.roster_path.exists():
+            raise FederationError(
+                f"{self.roster_path} is missing: a job that aggregates securely needs the roster "
+                "that its sites hold"
+            )
+        return read_roster(self.roster_path)
+
     def record(self, event: str, **values: Any) -> None:
-        """Append one event to metrics.jsonl."""
-        with (self.root / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps({"event": event, **values}) + "\n")
+        """Append one event to metrics.jsonl, in place of a last line that a crash cut off.
+
+        The event is on disk once this returns.
+        """
+        with (self.root / "metrics.jsonl").open("ab+") as stream:
+            _cut_partial_line(stream)
+            stream.write(json.dumps({"event": event, **values}).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def events(self) -> list[dict[str, Any]]:
         """All complete events so far; a last line cut off by a crash is left out."""
@@ -116,3 +152,12 @@ class RunFolder:
             state=bundle.model.state_dict(),
             optimiser=load_file(bundles[-1].with_suffix(".optimiser.safetensors")),
         )
+
+
+def _cut_partial_line(stream: IO[bytes]) -> None:
+    if stream.seek(0, os.SEEK_END) == 0:
+        return
+    stream.seek(-1, os.SEEK_END)
+    if stream.read(1) != b"\n":
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)

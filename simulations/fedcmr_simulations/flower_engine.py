@@ -6,18 +6,21 @@ In a child process both can be stopped from outside at any moment while the run 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 
 from fedcmr_shared.cli import FLOWER_SILENCE
+from fedcmr_simulations.drops import Drop, dropping
 
 _QUIET = {
     **FLOWER_SILENCE,
@@ -34,20 +37,26 @@ STOP_PATIENCE_S = 20.0
 
 @contextmanager
 def flower_process(
-    run_folder: Path, places: list[Path], workers: int
+    run_folder: Path, places: list[Path], workers: int, drops: Sequence[Drop] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start the engine for the job in ``run_folder``; on leaving, it and its children are gone.
 
-    ``places`` are those of `SimulatedSites`, one per virtual node.
+    ``places`` are those of `SimulatedSites`, one per virtual node; ``drops`` kill some of them.
 
     What Flower and Ray print goes to ``flower.log`` in the run folder.
     """
+    plan = {
+        "run_folder": str(run_folder),
+        "places": [str(place) for place in places],
+        "workers": workers,
+        "drops": [asdict(drop) for drop in drops],
+    }
     with (
         TemporaryDirectory(prefix="fedcmr-flower-") as home,
         (run_folder / "flower.log").open("ab") as log,
     ):
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(run_folder), str(workers), *map(str, places)],
+            [sys.executable, "-m", __name__, json.dumps(plan)],
             env={**os.environ, **_QUIET, "FLWR_HOME": home, "RAY_TMPDIR": home},
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -79,7 +88,7 @@ def _exit_on_terminate(_signal: int, _frame: FrameType | None) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def main(run_folder: Path, workers: int, places: list[Path]) -> int:
+def main(run_folder: Path, workers: int, places: list[Path], drops: list[Drop]) -> int:
     """Run the job in ``run_folder`` with one virtual node per place; return the exit code."""
     from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
     from flwr.simulation import run_simulation
@@ -92,6 +101,7 @@ def main(run_folder: Path, workers: int, places: list[Path]) -> int:
 
     signal.signal(signal.SIGTERM, _exit_on_terminate)
     folder = RunFolder(run_folder)
+    mods = [dropping(drops, places)] if drops else []
     backend: BackendConfig = {
         "init_args": {"num_cpus": workers, "include_dashboard": False},
         "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
@@ -99,7 +109,7 @@ def main(run_folder: Path, workers: int, places: list[Path]) -> int:
     try:
         run_simulation(
             create_server_app(lambda _context: folder),
-            create_client_app(SimulatedSites(tuple(places))),
+            create_client_app(SimulatedSites(tuple(places)), mods),
             num_supernodes=len(places),
             backend_config=backend,
         )
@@ -115,8 +125,13 @@ def main(run_folder: Path, workers: int, places: list[Path]) -> int:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore", DeprecationWarning)
-    run, workers_, *places_ = sys.argv[1:]
-    code = main(Path(run), int(workers_), [Path(place) for place in places_])
+    plan = json.loads(sys.argv[1])
+    code = main(
+        Path(plan["run_folder"]),
+        plan["workers"],
+        [Path(place) for place in plan["places"]],
+        [Drop(**drop) for drop in plan["drops"]],
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     # After a failed start, threads of Flower and Ray would keep the process for ever.

@@ -8,6 +8,7 @@ virtual patients do not share a budget; a hospital's ledger lives as long as its
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 
 from fedcmr_client.policy import policy_text
 from fedcmr_client.site_home import SiteHome
+from fedcmr_shared.identity.roster import Roster, new_roster
 from fedcmr_shared.privacy.accounting import Figures, figures
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase, Release, Started
@@ -30,8 +32,10 @@ from fedcmr_simulations.config import SiteBudget
 from fedcmr_simulations.unprotected import SIMULATED_TICK_S
 
 
-def open_site(folder: Path, store: Path, job: JobSpec, budget: SiteBudget) -> Path:
+def open_site(folder: Path, store: Path, job: JobSpec, budget: SiteBudget, roster: Path) -> Path:
     """Write the policy of the site in ``store``, make its ledger and return the policy file.
+
+    ``roster`` is where `roster_of` all sites will be written.
 
     Raises:
         ConfigurationError: the budget admits no training at all.
@@ -47,6 +51,9 @@ def open_site(folder: Path, store: Path, job: JobSpec, budget: SiteBudget) -> Pa
         max_delta=budget.delta,
         noise_multiplier=1e-3,
         minimum_sites=job.minimum_sites,
+        aggregation=(job.aggregation,),
+        roster=None if job.aggregation == "plain_with_local_dp" else roster,
+        allow_distributed_noise=job.privacy is not None and job.privacy.distributed is not None,
         coordinators=(job.coordinator,),
         jobs=(job.name,),
         models=(job.model.name,),
@@ -64,6 +71,16 @@ def open_site(folder: Path, store: Path, job: JobSpec, budget: SiteBudget) -> Pa
     path.write_text(policy_text(policy), encoding="utf-8")
     SiteHome.open(path).create_ledger().close()
     return path
+
+
+def roster_of(policies: Sequence[Path]) -> Roster:
+    """Return names and keys of the sites with these policy files, as each would give them.
+
+    Raises:
+        ConfigurationError: there are fewer than three.
+    """
+    homes = [SiteHome.open(path) for path in policies]
+    return new_roster({home.policy.site: home.identity().public_key for home in homes})
 
 
 @dataclass(frozen=True)
@@ -117,5 +134,5 @@ def _figures(releases: frozenset[tuple[Release, int]], order: int, delta: float)
     return figures(dict(releases), order, delta)
 
 
-def _shown(spent: Figures) -> dict[str, float]:
+def _shown(spent: Figures) -> dict[str, float | None]:
     return {"epsilon": spent.filter_epsilon, "epsilon_if_fixed": spent.pld_epsilon}

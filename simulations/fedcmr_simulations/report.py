@@ -96,6 +96,8 @@ def write_report(run_folder: Path) -> Path:
         rounds=[event for event in events if event["event"] == "round"],
         examples=[_figure(example) for example in load_examples(run_folder / "examples")],
         methods=_methods(summary),
+        aggregation=_aggregation(job),
+        attempts=[_attempt(event) for event in events if event["event"] == "attempt"],
         privacy=summary.get("privacy"),
         unprotected=summary.get("private") is False,
         privacy_statement=privacy_text(summary) if summary.get("privacy") else None,
@@ -163,8 +165,7 @@ def privacy_text(summary: Mapping[str, Any]) -> str:
     text = (
         f"Privacy: epsilon {_bound(max(site['epsilon'] for site in trained))} for the worst "
         f"trained patient at delta {budget['delta']:g} (certified by the ledger's filter; "
-        f"{_bound(max(site['epsilon_if_fixed'] for site in trained))} by PLD, had all jobs been fixed "
-        f"in advance), of {budget['epsilon']:g} allowed; unit patient, relation "
+        f"{_if_fixed(trained)}), of {budget['epsilon']:g} allowed; unit patient, relation "
         f"{privacy['relation']}; noise multiplier {privacy['noise_multiplier']:g}, sampling rate "
         f"{privacy['sampling_rate']:g}, {privacy['steps']} steps, "
         f"{summary['model']['trainable']:,} trained parameters."
@@ -175,6 +176,59 @@ def privacy_text(summary: Mapping[str, Any]) -> str:
         return text + " Scores of held-out patients left WITHOUT noise: they have no epsilon."
     worst = max(site["epsilon"] for site in scored)
     return text + f" Scoring cost the held-out patients epsilon {_bound(worst)}."
+
+
+def _if_fixed(sites: Sequence[Mapping[str, Any]]) -> str:
+    epsilons = [site["epsilon_if_fixed"] for site in sites]
+    if None in epsilons:
+        return "no figure by PLD, as noise was distributed"
+    return f"{_bound(max(epsilons))} by PLD, had all jobs been fixed in advance"
+
+
+def _aggregation(job: Mapping[str, Any]) -> str:
+    mode = job.get("aggregation")
+    if mode == "secure_sum":
+        return (
+            "Secure aggregation: the coordinator opened the sums below and could open nothing "
+            "else, neither a single site's update nor its scores. A site that dies or is late is "
+            "lost for an attempt; a sum of too few sites is never opened. The sites then mask "
+            "their stored, already noised results again: nobody trains twice."
+        )
+    if mode == "secure_groups":
+        return (
+            "Secure aggregation in groups: the coordinator opened one sum of each group of at "
+            "least three sites and combined these by a rule that bounds what one group can do."
+        )
+    if mode == "plain_with_local_dp":
+        if job.get("privacy") is None:
+            return "No secure aggregation: the coordinator saw every site's exact update."
+        return (
+            "No secure aggregation: the coordinator saw every site's update, with the noise that "
+            "the site had added."
+        )
+    return "The job is not recorded."
+
+
+def _attempt(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an attempt's row of the table, in words."""
+    outcomes = {
+        "opened": f"opened: sum of {len(event['survivors'])} of {event['sites']} sites",
+        "ended": f"ended in step {event['step']}: fewer than {event['threshold']} sites left",
+        "closed": "closed without a sum, the model stays",
+    }
+    losses = (
+        f"{loss['site']} in step {loss['step']}"
+        + ("" if loss["fault"] == "silent" else f": {loss['reason']}")
+        for loss in event["losses"]
+    )
+    return {
+        "phase": event["phase"],
+        "round": event["round"],
+        "attempt": event["attempt"],
+        "outcome": outcomes[event["outcome"]],
+        "survivors": ", ".join(event["survivors"]) or "–",
+        "losses": "; ".join(losses) or "–",
+    }
 
 
 def _statement(summary: Mapping[str, Any]) -> str | None:

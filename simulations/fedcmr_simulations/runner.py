@@ -1,7 +1,7 @@
 """A simulated federation from data to report, in stages that an interrupt may end at any point.
 
 1. data: the sites folder that was given, or phantom patients; each site gets a policy and a
-   privacy ledger of its own, made for this run
+   privacy ledger of its own, made for this run, and all are on one roster
 2. federation: the job's rounds on Flower's simulation engine
 3. local: each site alone, from the same weights and for the same number of steps
 4. evaluation: all methods on each site's test patients; the model of every round on its
@@ -18,7 +18,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +26,14 @@ from typing import Any, Literal, TypeVar
 
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import ConfigurationError, FederationError
+from fedcmr_shared.identity.roster import roster_text
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_simulations.centres import nth_centre
 from fedcmr_simulations.config import SimulationConfig
+from fedcmr_simulations.drops import Drop
 from fedcmr_simulations.evaluation import EvaluationRow, append_rows, site_summary
 from fedcmr_simulations.flower_engine import flower_process
-from fedcmr_simulations.private_sites import open_site, read_account
+from fedcmr_simulations.private_sites import open_site, read_account, roster_of
 from fedcmr_simulations.progress import Progress
 from fedcmr_simulations.provenance import environment
 from fedcmr_simulations.report import write_report
@@ -65,6 +67,7 @@ class SimulationRequest:
     data: Path | None = None
     workers: int = 2
     private: bool = True
+    drops: tuple[Drop, ...] = ()
 
     @property
     def job(self) -> JobSpec:
@@ -109,6 +112,7 @@ def simulate(request: SimulationRequest, progress: Progress) -> dict[str, Any]:
     job = request.job
     # Wrong data is refused before anything is written.
     stores = _given_sites(request)
+    _check_secure(request, [store.name for store in stores] or _phantom_names(request))
     folder = RunFolder.create(request.out, job, starting_state(request.config.start, job))
     summary = Summary(folder.root / "summary.json")
     started = time.monotonic()
@@ -125,6 +129,29 @@ def simulate(request: SimulationRequest, progress: Progress) -> dict[str, Any]:
         summary.update(**_account(request, folder, places))
         _compare(request, folder, stores, summary, progress)
     return summary.values
+
+
+def _check_secure(request: SimulationRequest, names: Sequence[str]) -> None:
+    job = request.job
+    if job.aggregation == "plain_with_local_dp":
+        if request.drops:
+            raise ConfigurationError(
+                "--drop kills a site in a step of secure aggregation, which this run does not use: "
+                "leave it out, or give the job aggregation secure_sum"
+            )
+        return
+    if len(names) < job.minimum_sites:
+        raise ConfigurationError(
+            f"job {job.name} needs {job.minimum_sites} sites for {job.aggregation}, and there are "
+            f"{len(names)}: raise --sites, or write aggregation plain_with_local_dp and "
+            "minimum_sites 1 in the configuration"
+        )
+    for drop in request.drops:
+        if drop.site not in names or drop.round > job.rounds:
+            raise ConfigurationError(
+                f"--drop {drop.site}:{drop.round}: the sites are {', '.join(names)}, the rounds 1 "
+                f"to {job.rounds}"
+            )
 
 
 @contextmanager
@@ -163,6 +190,10 @@ def _given_sites(request: SimulationRequest) -> list[Path]:
     return choose_sites(request.data, request.sites, request.job.cohort)
 
 
+def _phantom_names(request: SimulationRequest) -> list[str]:
+    return [nth_centre(number).name for number in range(request.sites)]
+
+
 def _phantom_sites(request: SimulationRequest, progress: Progress) -> list[Path]:
     folder = request.out / "data"
     seed = request.job.seed
@@ -178,9 +209,14 @@ def _open_sites(request: SimulationRequest, folder: RunFolder, stores: list[Path
     if not request.private:
         return stores
     homes = folder.root / "sites"
-    return [
-        open_site(homes / store.name, store, request.job, request.config.budget) for store in stores
+    roster = folder.root / "roster.yaml"
+    places = [
+        open_site(homes / store.name, store, request.job, request.config.budget, roster)
+        for store in stores
     ]
+    if request.job.aggregation != "plain_with_local_dp":
+        roster.write_text(roster_text(roster_of(places)), encoding="utf-8")
+    return places
 
 
 def _account(request: SimulationRequest, folder: RunFolder, places: list[Path]) -> dict[str, Any]:
@@ -210,15 +246,16 @@ def _federate(
     rounds = request.job.rounds
     with (
         progress.stage("federated rounds", rounds) as advance,
-        flower_process(folder.root, places, request.workers) as process,
+        flower_process(folder.root, places, request.workers, request.drops) as process,
     ):
         done = 0
         while process.poll() is None:
             time.sleep(0.2)
-            events = [event for event in folder.events() if event["event"] == "round"]
-            for event in events[done:]:
-                advance(_round_text(event))
-            done = len(events)
+            events = folder.events()
+            rounds_done = [event for event in events if event["event"] == "round"]
+            for event in rounds_done[done:]:
+                advance(_round_text(event, events))
+            done = len(rounds_done)
     failures = [event["message"] for event in folder.events() if event["event"] == "failed"]
     if failures:
         raise FederationError(failures[-1])
@@ -230,10 +267,18 @@ def _federate(
         )
 
 
-def _round_text(event: dict[str, Any]) -> str:
+def _round_text(event: dict[str, Any], events: list[dict[str, Any]]) -> str:
     loss = event["train_loss"]
     shown = f"update norm {event['update_norm']:.3g}" if loss is None else f"loss {loss:.4f}"
-    return f"round {event['round']}: {shown}"
+    lost = [
+        f"attempt {attempt['attempt']} {attempt['outcome']}, lost "
+        + ", ".join(f"{loss['site']} in step {loss['step']}" for loss in attempt["losses"])
+        for attempt in events
+        if attempt["event"] == "attempt"
+        and (attempt["phase"], attempt["round"]) == ("train", event["round"])
+        and attempt["losses"]
+    ]
+    return "; ".join([f"round {event['round']}: {shown}", *lost])
 
 
 def _compare(

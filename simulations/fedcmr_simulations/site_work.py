@@ -137,7 +137,8 @@ def evaluate_site(task: SiteTask) -> list[EvaluationRow]:
 
 
 def without_privacy(job: JobSpec, site: str) -> JobSpec:
-    """Return ``job`` as one that trains on as many images a step, but exactly."""
+    """Return ``job`` as one that trains on as many images a step, but exactly and in the open."""
+    job = job.model_copy(update={"aggregation": "plain_with_local_dp"})
     if job.privacy is None:
         return job
     patients = job.privacy.sampling_rate * job.privacy.cohort_size * job.weight(site)

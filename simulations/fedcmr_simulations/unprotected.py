@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from flwr.app import RecordDict
 
 from fedcmr_client.scoring import patient_scores
 from fedcmr_client.store.site_store import SiteStore
@@ -15,6 +16,8 @@ from fedcmr_client.trainer import Trainer, change_since, trained_values
 from fedcmr_shared.errors import DataError, JobRefused
 from fedcmr_shared.federation.messages import Scores, Task, Update
 from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.privacy.evaluation import UNPROTECTED, noisy_totals
+from fedcmr_shared.secagg.messages import Step
 
 SIMULATED_TICK_S: Final = 1.0
 
@@ -53,7 +56,7 @@ class UnprotectedSite:
         return Update(self.name, task.round, state_sha256(task.state), delta, loss)
 
     def evaluate(self, task: Task) -> Scores:
-        """Return exact means over the site's validation patients."""
+        """Return exact totals over the site's validation patients."""
         job = task.job
         with SiteStore.open(self.store) as store:
             records = store.cohort("validation", job.cohort)
@@ -61,8 +64,9 @@ class UnprotectedSite:
             raise DataError("no validation scan: import more patients or change the split")
         model = task_model(task)
         scores = patient_scores(model, job, records, load_encoder(job), torch.device("cpu"))
-        means = {
-            name: sum(each[name] for each in scores.values()) / len(scores)
-            for name in ("psnr", "ssim", "nmse")
-        }
-        return Scores(self.name, task.round, state_sha256(task.state), means)
+        totals = noisy_totals(list(scores.values()), UNPROTECTED.metrics, noise_multiplier=None)
+        return Scores(self.name, task.round, state_sha256(task.state), totals)
+
+    def secure_answer(self, step: Step, content: RecordDict) -> RecordDict:
+        """Refuse: a sum of exact updates would suggest a protection that is not there."""
+        raise JobRefused("aggregation", "aggregation", "an unprotected site sums nothing securely")

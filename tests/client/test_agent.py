@@ -1,5 +1,6 @@
 """The order of things at a site: policy, ledger, work, result; and what each refusal leaves."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.privacy import evaluation as evaluation_module
+from fedcmr_shared.privacy.evaluation import totals_layout
 from fedcmr_shared.privacy.parts import trainable_names
 from fedcmr_shared.schemas.job import (
     JobSpec,
@@ -46,6 +48,7 @@ JOB = JobSpec(
     model=ModelSpec(text_encoder="hashed"),
     sampling=SamplingSpec(acs_lines=8),
     training=TrainingSpec(local_steps=2, part="adapters"),
+    aggregation="plain_with_local_dp",
     privacy=PRIVACY,
 )
 
@@ -86,8 +89,10 @@ def test_a_whole_job_closes_itself_and_releases_its_spare_rounds(
     for number in (1, 2):
         site.train(make_task(number=number))
     scores = site.evaluate(make_task(number=2))
-    assert set(scores.values) == {"psnr"}
+    assert set(scores.totals) == {"psnr/sum", "psnr/patients"}
     assert isinstance(entries(home)[-1], Closed)
+    again = site.evaluate(make_task(number=2))
+    assert again.totals == scores.totals
     with closing(home.open_ledger()) as ledger:
         state = ledger.budget.jobs[JOB.sha256]
         for phase, started in (("train", 2), ("evaluate", 1)):
@@ -264,24 +269,32 @@ def test_used_up_device_hours_end_a_job(make_home: Callable[..., SiteHome]) -> N
     assert refusal.value.code == "device-hours"
 
 
-def test_scores_leave_noised_clipped_and_only_if_listed(
+def test_scores_leave_as_noised_totals_and_only_if_listed(
     make_home: Callable[..., SiteHome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = make_home(evaluation={"metrics": ["ssim"]})
-    evaluation = EvaluationSpec(noise_multiplier=4.0, cohort_size=2, metrics=("psnr", "ssim"))
+    evaluation = EvaluationSpec(
+        noise_multiplier=4.0, cohort_size=2, metrics=("psnr", "ssim"), histogram_bins=2
+    )
     privacy = PRIVACY.model_copy(update={"evaluation": evaluation})
 
-    def ssim(name: str, draw: float) -> float:
-        # Known draws: noise that exceeds the public range would hide behind the clipping.
+    def totals(name: str, draw: float) -> dict[str, list[float]]:
         monkeypatch.setattr(evaluation_module, "gaussian", lambda count: np.full(count, draw))
         job = JOB.model_copy(update={"name": name, "rounds": 1, "privacy": privacy})
-        scores = SiteAgent(home).evaluate(make_task(job)).values
-        assert set(scores) == {"ssim"}
-        return scores["ssim"]
+        scores = SiteAgent(home).evaluate(make_task(job))
+        assert scores.totals.keys() == totals_layout(job).keys()
+        return {name: total.tolist() for name, total in scores.totals.items()}
 
-    plain = ssim("plain", 0.0)
-    assert ssim("noised", 0.05) == pytest.approx(plain + 4.0 * 0.05 / 2)
-    assert ssim("clipped", 10.0) == 1.0
+    plain, noised = totals("plain", 0.0), totals("noised", 0.05)
+    patients = plain["ssim/patients"][0]
+    assert patients >= 1
+    assert 0 < plain["ssim/sum"][0] <= patients
+    assert sum(plain["ssim/histogram"]) == patients
+    for kind, values in plain.items():
+        if kind.startswith("psnr/"):
+            assert values == [0.0] * len(values)
+        # Two metrics with sum, number and histogram: sensitivity sqrt(6).
+        assert noised[kind] == pytest.approx([v + 4.0 * 0.05 * math.sqrt(6) for v in values])
 
 
 def test_scores_that_may_not_leave_are_not_computed(make_home: Callable[..., SiteHome]) -> None:
@@ -292,19 +305,26 @@ def test_scores_that_may_not_leave_are_not_computed(make_home: Callable[..., Sit
     assert kinds(home) == ["refused"]
 
 
-def test_scores_without_noise_leave_only_where_the_policy_allows(
+def test_scores_without_noise_leave_in_a_sum_and_where_the_policy_allows(
     make_home: Callable[..., SiteHome], make_site: Callable[..., Path]
 ) -> None:
     evaluation = EvaluationSpec(noise_multiplier=None, cohort_size=2)
     privacy = PRIVACY.model_copy(update={"evaluation": evaluation})
-    job = JOB.model_copy(update={"privacy": privacy, "rounds": 1})
-    with pytest.raises(JobRefused) as refusal:
-        SiteAgent(make_home()).evaluate(make_task(job))
-    assert refusal.value.code == "evaluation-noise"
-    open_minded = make_home(make_site("south"), evaluation={"allow_unnoised": True})
-    first = SiteAgent(open_minded).evaluate(make_task(job))
-    other = job.model_copy(update={"name": "other"})
-    assert SiteAgent(open_minded).evaluate(make_task(other)).values == first.values
+    plain = JOB.model_copy(update={"privacy": privacy, "rounds": 1})
+    summed = plain.model_copy(update={"aggregation": "secure_sum"})
+    secure = {"aggregation": ["secure_sum"], "minimum_sites": 3}
+    allowed = {"evaluation": {"allow_unnoised": True}}
+    for name, rules, job in [
+        ("east", secure, summed),
+        ("west", allowed, plain),
+    ]:
+        with pytest.raises(JobRefused) as refusal:
+            SiteAgent(make_home(make_site(name), **rules)).noised_scores(make_task(job))
+        assert refusal.value.code == "evaluation-noise"
+    open_minded = SiteAgent(make_home(make_site("south"), **secure, **allowed))
+    first = open_minded.noised_scores(make_task(summed))
+    other = summed.model_copy(update={"name": "other"})
+    assert open_minded.noised_scores(make_task(other)).totals == first.totals
 
 
 def test_a_damaged_scan_does_not_show(make_home: Callable[..., SiteHome]) -> None:

@@ -36,6 +36,7 @@ JOB = JobSpec(
     model=ModelSpec(text_encoder="hashed"),
     sampling=SamplingSpec(acs_lines=8),
     training=TrainingSpec(local_steps=1, part="adapters"),
+    aggregation="plain_with_local_dp",
     privacy=PrivacySpec(
         cohort_size=10,
         sampling_rate=0.5,
@@ -52,7 +53,7 @@ STAGES: list[tuple[Any, str]] = [
     (Ledger, "start"),
     (private_trainer, "private_gradient"),
     (agent_module, "patient_scores"),
-    (agent_module, "noisy_sums"),
+    (agent_module, "noisy_totals"),
     (Usage, "add"),
     (Ledger, "store"),
     (Ledger, "finish"),

@@ -23,6 +23,7 @@ JOB = JobSpec(
     model=ModelSpec(text_encoder="hashed"),
     sampling=SamplingSpec(acs_lines=8),
     training=TrainingSpec(local_steps=1, part="adapters"),
+    aggregation="plain_with_local_dp",
     privacy=PrivacySpec(cohort_size=10, noise_multiplier=3.0),
 )
 
@@ -58,7 +59,7 @@ def test_a_private_update_carries_nothing_but_noised_arrays(
 ) -> None:
     content = reply(SiteAgent(make_home()), "train", make_task().pack())
     assert set(content) == {"header", "arrays", "metrics"}
-    assert set(content.config_records["header"]) == {"site", "round", "model-sha256"}
+    assert set(content.config_records["header"]) == {"answer", "site", "round", "model-sha256"}
     assert dict(content.metric_records["metrics"]) == {}
 
 

@@ -183,6 +183,25 @@ def test_the_end_of_a_job_waits_for_its_checkpoint(ledger: Ledger, clock: Clock)
     assert passed(build(ledger, job.sha256), ledger).complete
 
 
+def test_a_closed_jobs_evidence_waits_for_its_end_and_not_for_its_last_sum(
+    ledger: Ledger, clock: Clock
+) -> None:
+    job = make_job()
+    run(ledger, job)
+    assert ledger.checkpoint().size == LEAVES
+    ledger.mask(job.sha256, "train", 2, 1, "4d" * 32)
+    ledger.unmask(job.sha256, "train", 2, 1, ["east", "north", "south"], "5b" * 32)
+    before = passed(build(ledger, job.sha256), ledger)
+    assert before.complete
+    assert before.require().jobs[0].opened == ()
+    clock.now += TICK
+    findings = passed(build(ledger, job.sha256), ledger)
+    assert findings.complete
+    (shown,) = findings.require().jobs
+    assert [entry.survivors for entry in shown.opened] == [("east", "north", "south")]
+    assert shown.figures == before.require().jobs[0].figures
+
+
 def test_an_admission_waits_for_its_checkpoint(ledger: Ledger) -> None:
     job = make_job()
     ledger.checkpoint()

@@ -50,7 +50,12 @@ RULES: dict[str, tuple[str, ...]] = {
         "cohort.acquired_from",
         "cohort.acquired_until",
     ),
-    "evaluation-noise": ("privacy.evaluation.noise_multiplier", "privacy.evaluation.rounds"),
+    "evaluation-noise": (
+        "privacy.evaluation.noise_multiplier",
+        "privacy.evaluation.rounds",
+        "aggregation",
+    ),
+    "distributed-noise": ("privacy.distributed",),
     "quiet-hours": (),
     "device-hours": ("resources.device_hours",),
     "energy": ("resources.energy_kwh",),
@@ -63,12 +68,13 @@ OPEN: dict[str, Any] = {
     "coordinators": ["heart-net"],
     "jobs": ["cardiomm-*"],
     "models": ["cardiomm/tiny"],
+    "minimum_sites": 4,
     "max_epsilon_per_job": 8.0,
 }
 MODEST: dict[str, Any] = {
     "name": "cardiomm-demo",
     "coordinator": "heart-net",
-    "minimum_sites": 2,
+    "minimum_sites": 4,
     "rounds": 3,
     "training": {"local_steps": 10},
     "privacy": {
@@ -76,6 +82,11 @@ MODEST: dict[str, Any] = {
         "noise_multiplier": 1.0,
         "evaluation": {"noise_multiplier": 8.0},
     },
+}
+SHARED: dict[str, Any] = {
+    "training.local_steps": 1,
+    "training.optimiser": "sgd",
+    "privacy.distributed": {"unseen_sites": 1},
 }
 
 
@@ -148,11 +159,11 @@ def test_the_default_policy_refuses_every_name() -> None:
             {"privacy.noise_multiplier": 20, "privacy.evaluation.noise_multiplier": 4.0},
             {"noise_multiplier": 8.0},
         ),
-        ("minimum-sites", {"minimum_sites": 1}, {}),
-        ("minimum-sites", {}, {"minimum_sites": 3}),
-        ("aggregation", {}, {"aggregation": "secure"}),
-        ("aggregation", {"aggregation": "secure"}, {}),
-        ("aggregation", {"aggregation": "secure"}, {"aggregation": "secure"}),
+        ("minimum-sites", {"minimum_sites": 3}, {}),
+        ("minimum-sites", {}, {"minimum_sites": 5}),
+        ("aggregation", {}, {"aggregation": ["secure_groups", "plain_with_local_dp"]}),
+        ("aggregation", {"aggregation": "plain_with_local_dp"}, {}),
+        ("aggregation", {"aggregation": "secure_groups", "minimum_sites": 6}, {}),
         ("cohort-query", {"cohort.views": ["short-axis"]}, {}),
         ("cohort-query", {"cohort.vendors": ["Siemens"]}, {}),
         ("cohort-query", {"cohort.modalities": ["cine"]}, {"cohort.attributes": []}),
@@ -169,6 +180,12 @@ def test_the_default_policy_refuses_every_name() -> None:
             {"cohort.attributes": ["acquired_until"], "cohort.acquired_until": "2020-01-01"},
         ),
         ("evaluation-noise", {"privacy.evaluation.noise_multiplier": None}, {}),
+        (
+            "evaluation-noise",
+            {"privacy.evaluation.noise_multiplier": None, "aggregation": "plain_with_local_dp"},
+            {"evaluation.allow_unnoised": True, "aggregation": ["plain_with_local_dp"]},
+        ),
+        ("distributed-noise", SHARED, {}),
         ("quiet-hours", {}, {"quiet_hours": ["11:00-13:00"]}),
         ("device-hours", {"resources.device_hours": 24.1}, {}),
         ("device-hours", {"resources.device_hours": 1e300}, {}),
@@ -193,6 +210,14 @@ def test_each_rule_alone_refuses(
         ({"privacy.delta": 1e-5}, {}),
         ({"privacy.noise_multiplier": 1.0}, {"noise_multiplier": 1.0}),
         ({"minimum_sites": 3}, {"minimum_sites": 3}),
+        (
+            {"aggregation": "plain_with_local_dp", "minimum_sites": 1},
+            {"aggregation": ["plain_with_local_dp"], "minimum_sites": 1},
+        ),
+        (
+            {"aggregation": "secure_groups", "minimum_sites": 9, "robust": "median"},
+            {"aggregation": ["secure_sum", "secure_groups"]},
+        ),
         ({"cohort.modalities": ["cine"]}, {}),
         ({"cohort.modalities": ["cine"]}, {"cohort.modalities": ["LGE", "cine"]}),
         ({}, {"cohort.modalities": ["LGE"]}),
@@ -207,6 +232,7 @@ def test_each_rule_alone_refuses(
         ({"privacy.evaluation.noise_multiplier": None}, {"evaluation.allow_unnoised": True}),
         ({"privacy.evaluation": {"noise_multiplier": None, "rounds": "none"}}, {}),
         ({"privacy.evaluation": {"noise_multiplier": 0.01, "rounds": "none"}}, {}),
+        (SHARED, {"allow_distributed_noise": True}),
         ({}, {"quiet_hours": ["22:00-06:00", "13:00-14:00"]}),
         ({"resources.device_hours": 24.0, "resources.energy_kwh": 10.0}, {}),
     ],
@@ -223,6 +249,7 @@ def test_a_job_without_privacy_breaks_all_rules_about_it_and_is_named_so() -> No
         "delta",
         "noise-multiplier",
         "evaluation-noise",
+        "distributed-noise",
     ]
     with pytest.raises(JobRefused) as refusal:
         require(findings)
@@ -287,7 +314,7 @@ class TestClock:
     def test_only_quiet_hours_depend_on_it(self, now: datetime) -> None:
         rule = policy({"quiet_hours": ["22:00-06:00"]})
         quiet = now.hour >= 22 or now.hour < 6
-        assert failed(job({"minimum_sites": 1}), rule, now) == [
+        assert failed(job({"minimum_sites": 3}), rule, now) == [
             "minimum-sites",
             *(["quiet-hours"] if quiet else []),
         ]
@@ -300,9 +327,9 @@ any_job = st.fixed_dictionaries(
         "coordinator": st.sampled_from(["heart-net", "other"]),
         "seed": st.integers(0, 9),
         "rounds": st.integers(1, 200),
-        "minimum_sites": st.integers(1, 5),
+        "minimum_sites": st.integers(6, 9),
         "round_timeout_s": st.sampled_from([1.0, 1e6]),
-        "aggregation": st.sampled_from(["plain", "secure"]),
+        "aggregation": st.sampled_from(["secure_sum", "secure_groups", "plain_with_local_dp"]),
         "model": st.fixed_dictionaries(
             {
                 "name": st.sampled_from(["cardiomm", "other"]),
@@ -329,6 +356,7 @@ any_job = st.fixed_dictionaries(
                 "clipping": st.sampled_from(["flat", "per-layer"]),
                 "images_per_patient": st.integers(1, 9),
                 "spare_rounds": st.integers(0, 50),
+                "distributed": st.none(),
                 "evaluation": st.fixed_dictionaries(
                     {
                         "noise_multiplier": st.sampled_from([None, 0.3, 8.0]),
@@ -358,6 +386,9 @@ any_job = st.fixed_dictionaries(
 GATED = policy(
     {
         "noise_multiplier": 0.5,
+        "minimum_sites": 8,
+        "aggregation": ["secure_sum", "plain_with_local_dp"],
+        "evaluation.allow_unnoised": True,
         "cohort.attributes": ["modalities", "acquired_from", "acquired_until"],
         "cohort.modalities": ["cine"],
         "cohort.acquired_from": "2020-01-01",
@@ -404,7 +435,8 @@ def test_a_job_that_passes_keeps_the_sites_limits(content: dict[str, Any]) -> No
     assert candidate.privacy is not None
     assert candidate.privacy.noise_multiplier >= 0.5
     assert candidate.privacy.delta <= 1e-5
-    assert candidate.minimum_sites >= 2
+    assert candidate.minimum_sites >= 8
+    assert candidate.aggregation != "secure_groups"
     assert candidate.coordinator == "heart-net"
     starts = candidate.rounds + candidate.privacy.spare_rounds
     release, _ = phases_of(candidate)["train"]
@@ -414,7 +446,7 @@ def test_a_job_that_passes_keeps_the_sites_limits(content: dict[str, Any]) -> No
 
 def test_the_gate_takes_job_policy_and_clock_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(inspect.signature(examine).parameters) == ["job", "policy", "now"]
-    refused = failed(job({"minimum_sites": 1}), policy())
+    refused = failed(job({"minimum_sites": 3}), policy())
     for name in ("FEDCMR_POLICY", "FEDCMR_STORE", "FEDCMR_SIMULATED", "FEDCMR_NO_PRIVACY"):
         monkeypatch.setenv(name, "1")
-    assert failed(job({"minimum_sites": 1}), policy()) == refused == ["minimum-sites"]
+    assert failed(job({"minimum_sites": 3}), policy()) == refused == ["minimum-sites"]

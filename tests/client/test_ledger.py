@@ -174,6 +174,8 @@ def test_an_unknown_job_can_do_nothing(north: LedgerSite) -> None:
         lambda: north.ledger.start("9" * 64, "train", 1),
         lambda: north.ledger.store("9" * 64, "train", 1, 1, b""),
         lambda: north.ledger.cohort("9" * 64, "train"),
+        lambda: north.ledger.mask("9" * 64, "train", 1, 1, HEADER),
+        lambda: north.ledger.unmask("9" * 64, "train", 1, 1, SURVIVORS, ANSWER),
         lambda: north.ledger.finish("9" * 64, "finished"),
     ]
     for call in unknown:
@@ -209,6 +211,94 @@ def test_the_end_releases_what_was_never_started(north: LedgerSite) -> None:
     before = north.ledger.budget.committed_rdp(cohort)
     north.ledger.finish(job, "cancelled")
     assert north.ledger.budget.committed_rdp(cohort) == pytest.approx(before / 3)
+
+
+# Secure sums
+
+SURVIVORS = ("east", "north", "south")
+HEADER, ANSWER = "4" * 64, "5" * 64
+
+
+def store_round(north: LedgerSite, job: str, number: int = 1) -> None:
+    north.ledger.start(job, "train", number)
+    north.ledger.store(job, "train", number, 1, b"update")
+
+
+def test_a_stored_round_is_masked_for_each_attempt_and_opened_once(north: LedgerSite) -> None:
+    job = north.admit()
+    store_round(north, job)
+    before = north.ledger.spending().committed_rdp
+    north.ledger.mask(job, "train", 1, 1, HEADER)
+    north.ledger.mask(job, "train", 1, 3, HEADER)
+    north.ledger.unmask(job, "train", 1, 3, ["south", "north", "east"], ANSWER)
+    with north.open() as again:
+        state = again.budget.jobs[job]
+        assert state.masked == {("train", 1): 3}
+        entry = state.unmasked["train", 1]
+        assert (entry.attempt, entry.survivors, entry.answer) == (3, SURVIVORS, ANSWER)
+        assert north.kinds(again)[-3:] == ["masked", "masked", "unmasked"]
+        assert again.spending().committed_rdp == before
+
+
+def test_the_last_round_is_masked_after_the_job_is_closed(north: LedgerSite) -> None:
+    job = north.admit()
+    store_round(north, job)
+    north.ledger.finish(job, "finished")
+    north.ledger.mask(job, "train", 1, 1, HEADER)
+    north.ledger.unmask(job, "train", 1, 1, SURVIVORS, ANSWER)
+    assert north.kinds()[-3:] == ["closed", "masked", "unmasked"]
+
+
+@pytest.mark.parametrize(
+    ("breach", "rule", "problem"),
+    [
+        (("mask", 2, 1), "attempt", "round 2 .train. has no stored result to mask"),
+        (("mask", 1, 1), "attempt", "attempt 1 of round 1 .train. does not follow attempt 1"),
+        (("mask", 1, 0), "attempt", "attempt 0 of round 1 .train. does not follow attempt 1"),
+        (("unmask", 1, 2), "unmask", "cannot be opened: attempt 1 was masked"),
+        (("unmask", 2, 1), "unmask", "cannot be opened: nothing was masked"),
+    ],
+)
+def test_sums_out_of_order_are_refused_and_nothing_is_written(
+    north: LedgerSite, breach: tuple[str, int, int], rule: str, problem: str
+) -> None:
+    job = north.admit()
+    store_round(north, job)
+    north.ledger.mask(job, "train", 1, 1, HEADER)
+    before = north.kinds()
+    what, number, attempt = breach
+    more = {"mask": (HEADER,), "unmask": (SURVIVORS, ANSWER)}[what]
+    with pytest.raises(JobRefused, match=problem) as refused:
+        getattr(north.ledger, what)(job, "train", number, attempt, *more)
+    assert (refused.value.code, refused.value.rule) == ("protocol", rule)
+    assert north.kinds() == before
+
+
+def test_after_an_unmasking_share_left_there_is_no_further_attempt(north: LedgerSite) -> None:
+    job = north.admit()
+    store_round(north, job)
+    north.ledger.mask(job, "train", 1, 1, HEADER)
+    north.ledger.unmask(job, "train", 1, 1, SURVIVORS, ANSWER)
+    with pytest.raises(JobRefused, match=r"share of round 1 .* no further attempt"):
+        north.ledger.mask(job, "train", 1, 2, HEADER)
+    with pytest.raises(JobRefused, match=r"share of round 1 .* left before"):
+        north.ledger.unmask(job, "train", 1, 1, SURVIVORS, ANSWER)
+    store_round(north, job, 2)
+    north.ledger.mask(job, "train", 2, 1, HEADER)
+    assert north.kinds().count("masked") == 2
+
+
+@pytest.mark.parametrize("survivors", [[], ["north"], ["north", "south", "north"]])
+def test_a_sum_of_fewer_than_three_sites_is_never_opened(
+    north: LedgerSite, survivors: list[str]
+) -> None:
+    job = north.admit()
+    store_round(north, job)
+    north.ledger.mask(job, "train", 1, 1, HEADER)
+    with pytest.raises(JobRefused, match="is never opened") as refused:
+        north.ledger.unmask(job, "train", 1, 1, survivors, ANSWER)
+    assert (refused.value.code, refused.value.rule) == ("protocol", "survivors")
+    assert north.kinds()[-1] == "masked"
 
 
 def test_a_job_without_privacy_is_refused(north: LedgerSite) -> None:

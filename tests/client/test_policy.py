@@ -50,7 +50,10 @@ def test_the_default_lets_nobody_in() -> None:
     assert strict.cohort.require_consent
     assert strict.cohort.attributes == ("modalities",)
     assert not strict.evaluation.allow_unnoised
-    assert strict.minimum_sites == 2
+    assert strict.minimum_sites == 3
+    assert strict.aggregation == ("secure_sum",)
+    assert not strict.allow_distributed_noise
+    assert strict.roster is None
     assert strict.max_epsilon_per_job <= strict.budget.epsilon
     assert strict.max_delta <= strict.budget.delta
 
@@ -58,9 +61,10 @@ def test_the_default_lets_nobody_in() -> None:
 def test_folders_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    write(home, yaml.safe_dump(SMALLEST))
+    write(home, yaml.safe_dump({**SMALLEST, "roster": "../shared/roster.yaml"}))
     monkeypatch.chdir(tmp_path)
     loaded = load_policy(Path("home/policy.yaml"))
+    assert loaded.roster == tmp_path / "shared" / "roster.yaml"
     assert loaded.store == home / "store"
     assert loaded.ledger.folder == home / "ledger"
     assert loaded.ledger.second_place == tmp_path / "elsewhere"
@@ -134,7 +138,13 @@ def test_a_forbidden_file_is_refused(tmp_path: Path) -> None:
         ("reply_tick_s", 1e5, "less than or equal to 3600"),
         ("processes", 0, "greater than or equal to 1"),
         ("device", "tpu", "'cpu' or 'cuda'"),
-        ("aggregation", "any", "'plain' or 'secure'"),
+        ("aggregation", "secure_sum", "tuple"),
+        ("aggregation", ["secure"], "'secure_sum', 'secure_groups' or 'plain_with_local_dp'"),
+        ("aggregation", [], "at least 1 item"),
+        ("minimum_sites", 2, "aggregation lists secure_sum: write at least 3"),
+        ("roster", "", "is no path"),
+        ("roster", "~/roster.yaml", "~ is not understood"),
+        ("allow_distributed_noise", 1, "valid boolean"),
         ("coordinators", "north", "tuple"),
         ("coordinators", [""], "at least 1 character"),
         ("models", ["cardiomm/huge"], "pattern"),
@@ -149,7 +159,7 @@ def test_a_forbidden_file_is_refused(tmp_path: Path) -> None:
         ("evaluation.allow_unnoised", 1, "valid boolean"),
         ("site", "two words", "pattern"),
         ("site", None, "valid string"),
-        ("store", "", "is no folder"),
+        ("store", "", "is no path"),
         ("store", "~/store", "~ is not understood"),
         ("ledger.second_place", 3, "path"),
     ],
@@ -219,9 +229,17 @@ def test_order_is_the_written_one_or_the_best() -> None:
     assert order_of(policy()) == accounting.best_order(8.0, 1e-5)
 
 
-def test_the_hash_covers_the_rules_and_not_the_folders() -> None:
+def test_plain_aggregation_alone_may_have_few_sites() -> None:
+    assert policy(aggregation=["plain_with_local_dp"], minimum_sites=1).minimum_sites == 1
+    for modes in (["secure_groups"], ["plain_with_local_dp", "secure_sum"]):
+        with pytest.raises(ValidationError, match=f"minimum_sites is 2.*{modes[-1]}"):
+            policy(aggregation=modes, minimum_sites=2)
+
+
+def test_the_hash_covers_the_rules_and_not_the_paths() -> None:
     base = policy()
-    moved = policy(store="other", ledger={"folder": "a", "second_place": "b"}, device="cuda")
+    ledger = {"folder": "a", "second_place": "b"}
+    moved = policy(store="other", ledger=ledger, device="cuda", roster="roster.yaml")
     assert moved.sha256 == base.sha256
     changes: dict[str, Any] = {
         "site": "south",
@@ -229,8 +247,9 @@ def test_the_hash_covers_the_rules_and_not_the_folders() -> None:
         "max_epsilon_per_job": 3,
         "max_delta": 1e-6,
         "noise_multiplier": 1,
-        "minimum_sites": 3,
-        "aggregation": "secure",
+        "minimum_sites": 4,
+        "aggregation": ["secure_groups"],
+        "allow_distributed_noise": True,
         "coordinators": ["c"],
         "jobs": ["*"],
         "models": ["cardiomm"],
@@ -245,6 +264,7 @@ def test_the_hash_covers_the_rules_and_not_the_folders() -> None:
     assert set(changes) == set(SitePolicy.model_fields) - {
         "store",
         "ledger",
+        "roster",
         "device",
         "processes",
     }
@@ -263,6 +283,7 @@ policies = st.builds(
     policy,
     site=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True),
     store=st.sampled_from(["store", "a: b # c", "/data/scans of 2024", "no", "'quoted'", "7"]),
+    roster=st.none() | st.sampled_from(["roster.yaml", "/srv/our sites: #1.yaml"]),
     coordinators=st.lists(st.text(min_size=1, max_size=6), max_size=3),
     models=st.lists(st.sampled_from(["cardiomm", "cardiomm/tiny", "other/paper"]), max_size=2),
     max_delta=st.floats(1e-12, 0.1),

@@ -3,19 +3,25 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fedcmr_client.dataset import load_image
-from fedcmr_client.private_trainer import PrivateTrainer, mechanism
+from fedcmr_client.private_round import train_round
+from fedcmr_client.private_trainer import PrivateTrainer, gradient_engine
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.trainer import ReconstructionLoss, draw_sampling
 from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.models.cardiomm import CardioMM
 from fedcmr_shared.models.registry import build_model
+from fedcmr_shared.privacy import distributed
 from fedcmr_shared.privacy import step as step_module
+from fedcmr_shared.privacy.mechanism import Mechanism
 from fedcmr_shared.privacy.parts import trainable_names
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, Part, SamplingSpec, TrainingSpec
 from fedcmr_shared.schemas.privacy import PrivacySpec
@@ -97,12 +103,73 @@ def test_a_cohort_of_nobody_gives_noise(records: list[ScanRecord]) -> None:
 def test_the_denominator_is_public(make_site: Callable[..., Path]) -> None:
     job = make_job()
     assert job.privacy is not None
-    assert mechanism(job.privacy, 4.0).expected_patients == 0.5 * 10 * 4
+    assert Mechanism.of(job.privacy, 4.0).expected_patients == 0.5 * 10 * 4
     # Two catalogues, one mechanism: nothing of a site's records enters it.
     for name, patients in (("few", 4), ("many", 9)):
         with SiteStore.open(make_site(name, patients)) as store:
             trainer = PrivateTrainer(make_model(job), job, store.scans("train"), ENCODER, site=name)
-        assert trainer.mechanism == mechanism(job.privacy, 1.0)
+        assert trainer.mechanism == Mechanism.of(job.privacy, 1.0)
+
+
+def shared_noise_job(**privacy: object) -> JobSpec:
+    document = make_job("full", **privacy).model_dump()
+    document["training"] |= {"local_steps": 1}
+    document["privacy"]["distributed"] = {"unseen_sites": 1}
+    return JobSpec.model_validate(document | {"minimum_sites": 4})
+
+
+def test_distributed_noise_gives_integers_of_one_share_and_moves_nothing(
+    records: list[ScanRecord],
+) -> None:
+    # Nobody is drawn at this rate.
+    job = shared_noise_job(sampling_rate=1e-9, noise_multiplier=3.0)
+    model = make_model(job)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = PrivateTrainer(model, job, records, ENCODER, site="north")
+    sums = trainer.integers(1)
+    assert list(sums) == trainable_names(job.model, model, "full")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+        if name in sums:
+            assert sums[name].shape == parameter.shape
+            assert sums[name].dtype == torch.int64
+    values = torch.cat([tensor.flatten() for tensor in sums.values()]).double()
+    # Three of the four sites' shares make up 3 · 2^18 grid steps. 200,000 values: error .16 %.
+    assert float(values.std()) == pytest.approx(3 * 2**18 / 3**0.5, rel=0.01)
+
+
+def test_a_round_with_distributed_noise_returns_the_integers_of_the_drawn(
+    records: list[ScanRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "discrete_gaussian", lambda n, _: np.zeros(n, np.int64))
+    job = shared_noise_job(sampling_rate=1.0, clip_norm=1e-6)
+    model = make_model(job)
+    home: Any = SimpleNamespace(policy=SimpleNamespace(device="cpu", site="north"))
+    sums = train_round(Task(job, 1, model.state_dict()), model, records, home)
+    patients = len({record.patient for record in records})
+    values = torch.cat([tensor.flatten() for tensor in sums.values()])
+    assert values.dtype == torch.int64
+    assert 0.2 * 2**18 < float(values.double().norm()) <= patients * 2**18
+
+
+def test_integers_and_steps_do_not_mix(records: list[ScanRecord]) -> None:
+    job = shared_noise_job()
+    trainer = PrivateTrainer(make_model(job), job, records, ENCODER, site="north")
+    with pytest.raises(ValueError, match="whole numbers"):
+        trainer.run(0, 1)
+    whole = make_job("full")
+    trainer = PrivateTrainer(make_model(whole), whole, records, ENCODER, site="north")
+    with pytest.raises(ConfigurationError, match=r"no privacy\.distributed"):
+        trainer.integers(1)
+
+
+def test_too_few_levels_for_the_model_are_found_before_training(
+    records: list[ScanRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = shared_noise_job()
+    monkeypatch.setattr("fedcmr_shared.privacy.mechanism._ARITHMETIC", 0.999)
+    with pytest.raises(ConfigurationError, match=r"raise distributed\.levels"):
+        gradient_engine(make_model(job), job, ENCODER, torch.device("cpu"))
 
 
 def test_training_lowers_the_loss_when_the_noise_allows(records: list[ScanRecord]) -> None:

@@ -28,7 +28,7 @@ Run = Callable[..., tuple[int, str, str]]
 JOB: dict[str, Any] = {
     "name": "cardiomm-demo",
     "coordinator": "heart-net",
-    "minimum_sites": 2,
+    "minimum_sites": 3,
     "rounds": 3,
     "training": {"local_steps": 10},
     "privacy": {"sampling_rate": 0.1, "noise_multiplier": 1.5},
@@ -77,6 +77,14 @@ def edit(path: Path, field: str, value: object) -> None:
         part = part[parent]
     part[name] = value
     path.write_text(yaml.safe_dump(content))
+
+
+def give_roster(policy_path: Path) -> None:
+    """Let the policy name a roster of this site and two others."""
+    own = SiteHome.open(policy_path).identity().public_key
+    sites = {"north": own, "east": "e" * 64, "south": "5" * 64}
+    (policy_path.parent / "roster.yaml").write_text(yaml.safe_dump({"sites": sites}))
+    edit(policy_path, "roster", "roster.yaml")
 
 
 def write_job(folder: Path, **changes: Any) -> tuple[Path, JobSpec]:
@@ -239,6 +247,7 @@ class TestCheck:
         self, run: Run, policy_path: Path, tmp_path: Path
     ) -> None:
         path, job = write_job(tmp_path)
+        give_roster(policy_path)
         before = contents(policy_path.parent)
         code, out, err = run("check", path, "--policy", policy_path)
         assert (code, err) == (0, "")
@@ -252,15 +261,26 @@ class TestCheck:
         assert answer["budget"]["after_epsilon"] == answer["budget"]["reserves_epsilon"] > 0
 
     def test_each_failing_rule_is_named(self, run: Run, policy_path: Path, tmp_path: Path) -> None:
-        path, _ = write_job(tmp_path, minimum_sites=1, coordinator="stranger")
+        plain = {"aggregation": "plain_with_local_dp", "minimum_sites": 1}
+        path, _ = write_job(tmp_path, coordinator="stranger", **plain)
         code, out, _ = run("check", path, "--policy", policy_path)
         assert code == 1
-        assert "refused: coordinator, minimum-sites" in out
+        assert "refused: coordinator, minimum-sites, aggregation" in out
         code, out, _ = run("check", path, "--policy", policy_path, "--json")
         failed = [row["rule"] for row in json.loads(out)["rules"] if not row["passed"]]
-        assert (code, failed) == (1, ["coordinator", "minimum-sites"])
+        assert (code, failed) == (1, ["coordinator", "minimum-sites", "aggregation"])
+
+    def test_a_job_of_secure_sums_needs_the_roster(
+        self, run: Run, policy_path: Path, tmp_path: Path
+    ) -> None:
+        path, _ = write_job(tmp_path)
+        code, out, _ = run("check", path, "--policy", policy_path, "--json")
+        failed = [row for row in json.loads(out)["rules"] if not row["passed"]]
+        assert (code, [row["rule"] for row in failed]) == (1, ["roster"])
+        assert "name the file in roster" in failed[0]["text"]
 
     def test_a_simulations_job_is_found(self, run: Run, policy_path: Path, tmp_path: Path) -> None:
+        give_roster(policy_path)
         path = tmp_path / "simulation.json"
         path.write_text(json.dumps({"job": JOB, "phantom": {"patients": 3}}))
         code, out, _ = run("check", path, "--policy", policy_path, "--json")
@@ -285,6 +305,7 @@ class TestCheck:
         self, run: Run, policy_path: Path, tmp_path: Path
     ) -> None:
         """As many equal jobs pass the check as the ledger admits."""
+        give_roster(policy_path)
         edit(policy_path, "max_epsilon_per_job", 8.0)
         rounds = {"rounds": 10, "training": {"local_steps": 10}}
         for seed in range(20):
@@ -335,6 +356,18 @@ class TestStatus:
         assert (code, status["site"], status["entries"], status["jobs"]) == (0, "north", 1, [])
         assert status["budget"]["left_share"] == 1.0
         assert "100.0%" in run("status", "--policy", policy_path)[1]
+
+    def test_says_that_distributed_noise_has_no_figure_in_advance(
+        self, run: Run, policy_path: Path, tmp_path: Path
+    ) -> None:
+        privacy = {"distributed": {"unseen_sites": 1}, "evaluation": {"rounds": "none"}}
+        training = {"local_steps": 1, "optimiser": "sgd"}
+        _, job = write_job(tmp_path, minimum_sites=3, privacy=privacy, training=training)
+        admit(policy_path, job)
+        _, out, _ = run("status", "--policy", policy_path)
+        assert "no figure, as noise was distributed" in out
+        status = json.loads(run("status", "--policy", policy_path, "--json")[1])
+        assert status["fixed_in_advance_epsilon"] is None
 
     def test_adds_up_spent_reserved_and_left(
         self, run: Run, policy_path: Path, tmp_path: Path

@@ -13,7 +13,7 @@ from skimage.metrics import structural_similarity
 from fedcmr_client.dataset import Cohort, all_images, load_image, undersample
 from fedcmr_client.store.scan_file import ScanFile
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
-from fedcmr_client.trainer import Trainer, collate, l1_loss, learning_rate, ssim_loss
+from fedcmr_client.trainer import Trainer, collate, l1_loss, ssim_loss
 from fedcmr_shared.errors import DataError, FederationError
 from fedcmr_shared.kspace.coils import rss
 from fedcmr_shared.kspace.fourier import ifft2c
@@ -87,7 +87,7 @@ def test_mixed_shapes_share_a_step(
 
 def test_learning_rate_decays_from_full_to_final() -> None:
     job = JobSpec(rounds=2, training=TrainingSpec(local_steps=50, learning_rate=1e-2))
-    rates = [learning_rate(job, step) for step in range(101)]
+    rates = [job.learning_rate(step) for step in range(101)]
     assert rates[0] == pytest.approx(1e-2)
     assert rates[-1] == pytest.approx(1e-3)
     assert all(a >= b for a, b in pairwise(rates))

@@ -1,40 +1,51 @@
 """The round loop over an in-memory link with sites that do known arithmetic."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
 from flwr.app import RecordDict
 
-from fedcmr_server.links import Action
-from fedcmr_server.rounds import run_job
+from fedcmr_server.rounds import initial_state, run_job
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.federation.messages import Refusal, Scores, Task, Update
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
+from fedcmr_shared.privacy.evaluation import totals_layout
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec
 
 JOB = JobSpec(
     rounds=2,
     minimum_sites=2,
+    aggregation="plain_with_local_dp",
     model=ModelSpec(text_encoder="hashed"),
     site_sizes={"a": "large"},
 )
-TRAINABLE = [n for n, p in build_model(JOB.model).named_parameters() if p.requires_grad]
+JOB_PARAMETERS = dict(build_model(JOB.model).named_parameters())
+TRAINABLE = [name for name, parameter in JOB_PARAMETERS.items() if parameter.requires_grad]
 
 Answer = Update | Scores | Refusal
 
 
-def adds(amount: float) -> Callable[[str, Action, Task], Answer]:
-    """Return a site that adds ``amount`` to every parameter and reports it as its score."""
+def totals(job: JobSpec, share: float) -> dict[str, torch.Tensor]:
+    """Totals of one patient with this score between 0 and 1 in all metrics."""
+    values = {"sum": share, "patients": 1.0}
+    return {
+        name: torch.full((length,), values[name.partition("/")[2]], dtype=torch.float64)
+        for name, (length, _) in totals_layout(job).items()
+    }
 
-    def answer(name: str, action: Action, task: Task) -> Answer:
+
+def adds(amount: float) -> Callable[[str, str, Task], Answer]:
+    """Return a site that adds ``amount`` to every parameter; its one patient has it above 10 dB."""
+
+    def answer(name: str, action: str, task: Task) -> Answer:
         base = state_sha256(task.state)
         if action == "evaluate":
-            return Scores(name, task.round, base, {"psnr": amount})
+            return Scores(name, task.round, base, totals(task.job, amount / 40))
         delta = {key: torch.full_like(task.state[key], amount) for key in TRAINABLE}
         return Update(name, task.round, base, delta, loss=amount)
 
@@ -45,23 +56,21 @@ def adds(amount: float) -> Callable[[str, Action, Task], Answer]:
 class MemoryLink:
     """A :class:`fedcmr_server.links.SiteLink` to functions."""
 
-    sites: Mapping[str, Callable[[str, Action, Task], Answer | None]]
-    asked: list[tuple[Action, int]] = field(default_factory=list)
+    sites: Mapping[str, Callable[[str, str, Task], Answer | None]]
+    asked: list[tuple[str, int]] = field(default_factory=list)
 
     def connected(self, at_least: int, timeout_s: float) -> list[int]:
         return list(range(len(self.sites)))
 
     def exchange(
-        self, action: Action, content: RecordDict, sites: list[int], timeout_s: float
-    ) -> Mapping[int, RecordDict]:
-        task = Task.unpack(content)
-        self.asked.append((action, task.round))
-        answers = {}
-        for index, (name, site) in enumerate(self.sites.items()):
-            answer = site(name, action, task)
+        self, action: str, contents: Mapping[int, RecordDict], timeout_s: float
+    ) -> Iterator[tuple[int, RecordDict]]:
+        names = list(self.sites)
+        self.asked.append((action, Task.unpack(contents[0]).round))
+        for node, content in contents.items():
+            answer = self.sites[names[node]](names[node], action, Task.unpack(content))
             if answer is not None:
-                answers[index] = answer.pack()
-        return answers
+                yield node, answer.pack()
 
 
 @pytest.fixture
@@ -79,7 +88,8 @@ def test_rounds_average_by_public_weights(folder: RunFolder) -> None:
     events = folder.events()
     # a is large (weight 4), b small (weight 1): (4·1 + 1·6) / 5 = 2
     assert [event["train_loss"] for event in events if event["event"] == "round"] == [2.0, 2.0]
-    assert [event["psnr"] for event in events if event["event"] == "evaluation"] == [2.0, 2.0]
+    # Each of the two has one patient, with 11 and 16 dB; weights have no say in that.
+    assert [event["psnr"] for event in events if event["event"] == "evaluation"] == [13.5, 13.5]
     torch.manual_seed(JOB.seed)
     start = build_model(JOB.model).state_dict()
     for name in TRAINABLE:
@@ -89,7 +99,7 @@ def test_rounds_average_by_public_weights(folder: RunFolder) -> None:
 
 
 def test_a_killed_run_continues_at_the_last_committed_round(folder: RunFolder) -> None:
-    def dies_in_round_2(name: str, action: Action, task: Task) -> Answer:
+    def dies_in_round_2(name: str, action: str, task: Task) -> Answer:
         if task.round == 2:
             raise KeyboardInterrupt
         return adds(1.0)(name, action, task)
@@ -116,24 +126,24 @@ def test_a_refusing_site_is_left_out(folder: RunFolder) -> None:
     assert folder.events()[0]["sites"] == 2
 
 
-def other_round(name: str, action: Action, task: Task) -> Answer:
+def other_round(name: str, action: str, task: Task) -> Answer:
     return adds(1.0)(name, action, Task(task.job, task.round + 1, task.state))
 
 
-def other_model(name: str, action: Action, task: Task) -> Answer:
+def other_model(name: str, action: str, task: Task) -> Answer:
     changed = {key: value + 1 for key, value in task.state.items()}
     return adds(1.0)(name, action, Task(task.job, task.round, changed))
 
 
-def scores_for_training(name: str, action: Action, task: Task) -> Answer:
-    return Scores(name, task.round, state_sha256(task.state), {"psnr": 1.0})
+def scores_for_training(name: str, action: str, task: Task) -> Answer:
+    return Scores(name, task.round, state_sha256(task.state), totals(task.job, 0.5))
 
 
-def as_site_a(name: str, action: Action, task: Task) -> Answer:
+def as_site_a(name: str, action: str, task: Task) -> Answer:
     return adds(1.0)("a", action, task)
 
 
-def not_finite(name: str, action: Action, task: Task) -> Answer:
+def not_finite(name: str, action: str, task: Task) -> Answer:
     return adds(float("inf"))(name, action, task)
 
 
@@ -150,10 +160,49 @@ def not_finite(name: str, action: Action, task: Task) -> Answer:
     ],
 )
 def test_a_wrong_answer_ends_the_run_with_nothing_committed(
-    folder: RunFolder, site: Callable[[str, Action, Task], Answer | None], message: str
+    folder: RunFolder, site: Callable[[str, str, Task], Answer | None], message: str
 ) -> None:
     with pytest.raises(FederationError, match=message):
         run_job(MemoryLink({"a": adds(1.0), "b": site}), folder)
     latest = folder.latest()
     assert latest is not None
     assert latest.round == 0
+
+
+def test_other_totals_than_the_jobs_are_refused(folder: RunFolder) -> None:
+    def other_totals(name: str, action: str, task: Task) -> Answer:
+        answer = adds(1.0)(name, action, task)
+        if isinstance(answer, Scores):
+            return replace(answer, totals={"psnr/sum": torch.ones(2)})
+        return answer
+
+    with pytest.raises(FederationError, match="totals of site b are not those"):
+        run_job(MemoryLink({"a": adds(1.0), "b": other_totals}), folder)
+
+
+@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean", "krum"])
+def test_one_poisoned_site_moves_the_mean_alone(tmp_path: Path, rule: str) -> None:
+    job = JobSpec.model_validate({**JOB.model_dump(), "robust": rule, "rounds": 1})
+    folder = RunFolder.create(tmp_path / rule, job)
+    link = MemoryLink({"w": adds(1.0), "x": adds(1.0), "y": adds(1.0), "z": adds(1e4)})
+    last = run_job(link, folder)
+    moved = last.state[TRAINABLE[0]] - initial_state(job)[TRAINABLE[0]]
+    expected = 2500.75 if rule == "mean" else 1.0
+    torch.testing.assert_close(moved, torch.full_like(moved, expected), rtol=1e-3, atol=1e-3)
+
+
+def test_an_update_of_large_norm_is_left_out(tmp_path: Path) -> None:
+    size = sum(JOB_PARAMETERS[name].numel() for name in TRAINABLE)
+    job = JobSpec.model_validate({**JOB.model_dump(), "max_update_norm": 2 * size**0.5})
+    folder = RunFolder.create(tmp_path / "screened", job)
+    last = run_job(MemoryLink({"b": adds(1.0), "c": adds(3.0), "d": not_finite}), folder)
+    moved = last.state[TRAINABLE[0]] - initial_state(job)[TRAINABLE[0]]
+    torch.testing.assert_close(moved, torch.full_like(moved, 2.0), rtol=0, atol=1e-4)
+    assert [e["left_out"] for e in folder.events() if e["event"] == "round"] == [2, 2]
+
+
+def test_too_few_updates_for_a_robust_rule_end_the_run(tmp_path: Path) -> None:
+    job = JobSpec.model_validate({**JOB.model_dump(), "robust": "krum"})
+    folder = RunFolder.create(tmp_path / "krum", job)
+    with pytest.raises(FederationError, match="2 updates came, and robust krum needs at least 3"):
+        run_job(MemoryLink({"a": adds(1.0), "b": adds(1.0)}), folder)

@@ -8,6 +8,7 @@ import torch
 from fedcmr_server.rounds import initial_state
 from fedcmr_server.run_folder import Checkpoint, RunFolder
 from fedcmr_shared.errors import ConfigurationError, FederationError
+from fedcmr_shared.identity.roster import Roster
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec
 
 JOB = JobSpec(model=ModelSpec(text_encoder="hashed"))
@@ -45,6 +46,19 @@ def test_a_cut_off_event_line_is_ignored(folder: RunFolder) -> None:
     with (folder.root / "metrics.jsonl").open("a") as stream:
         stream.write('{"event": "rou')
     assert folder.events() == [{"event": "round", "round": 1}]
+    folder.record("round", round=2)
+    assert folder.events()[1:] == [{"event": "round", "round": 2}]
+    assert len((folder.root / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_roster_round_trips_and_its_absence_is_named(folder: RunFolder, tmp_path: Path) -> None:
+    roster = Roster.model_validate({"sites": {name: 64 * name for name in "abc"}})
+    assert RunFolder.create(tmp_path / "secure", JOB, roster=roster).roster == roster
+    with pytest.raises(FederationError, match=r"roster\.yaml is missing"):
+        _ = folder.roster
+    folder.roster_path.write_text("sites: {}\n")
+    with pytest.raises(ConfigurationError, match=r"roster\.yaml"):
+        _ = folder.roster
 
 
 def test_used_folder_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.privacy import step
+from fedcmr_shared.privacy.distributed import NoiseShare
 from fedcmr_shared.privacy.mechanism import BackwardEngine, Mechanism
 from fedcmr_shared.privacy.parts import freeze, trainable_names
 from fedcmr_shared.privacy.ranks import Ranks, joined
@@ -192,6 +193,20 @@ def stepped(
     return result.gradients[0], loaded, result.counts
 
 
+def shared_integers(
+    ranks: Ranks, cohort: int, coordinates: int, mechanism: Mechanism, share: NoiseShare
+) -> Tensor:
+    """Take a step with distributed noise in which every patient's gradient is one everywhere."""
+    weight = nn.Parameter(torch.zeros(coordinates))
+    engine = BackwardEngine([weight], lambda examples: weight.sum().expand(len(examples)))
+    if ranks.index > 0:
+        step.noisy_integers = None  # type: ignore[assignment]
+    result = step.private_integers(
+        engine, range(cohort), lambda patient: [patient], mechanism, 1.0, share, ranks=ranks
+    )
+    return result.gradients[0]
+
+
 class RankPair:
     """Two processes started as `torchrun` would; files for jobs and answers are in ``folder``."""
 
@@ -234,7 +249,11 @@ class RankPair:
 
 
 def main() -> None:
-    jobs: dict[str, Callable[..., Any]] = {"summed": summed, "stepped": stepped}
+    jobs: dict[str, Callable[..., Any]] = {
+        "summed": summed,
+        "stepped": stepped,
+        "shared_integers": shared_integers,
+    }
     with joined(torch.device("cpu")) as ranks:
         for line in sys.stdin:
             path = Path(line.strip())

@@ -6,6 +6,7 @@ The log is written by hand here, so that it can also break rules that a real led
 import json
 import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedcmr_shared.audit.claims import claims, epsilon_text, headline
+from fedcmr_shared.audit.claims import checklist, claims, epsilon_text, headline
 from fedcmr_shared.audit.evidence import Disclosed, EarlierCheckpoint, Evidence
+from fedcmr_shared.audit.report import write_report
 from fedcmr_shared.audit.verify import Findings, verify
 from fedcmr_shared.errors import LedgerError
 from fedcmr_shared.identity.keys import SiteKey
@@ -27,6 +29,7 @@ from fedcmr_shared.schemas.ledger import (
     Closed,
     Entry,
     Leaf,
+    Masked,
     Opened,
     Padding,
     Phase,
@@ -35,7 +38,9 @@ from fedcmr_shared.schemas.ledger import (
     Reservation,
     Started,
     Stored,
+    Unmasked,
 )
+from fedcmr_shared.schemas.privacy import NoiseShares
 
 JOB, OTHER = "01" * 32, "02" * 32
 TRAINED, SCORED, THIRD = "c1" * 32, "c2" * 32, "c3" * 32
@@ -109,6 +114,13 @@ class Log:
         place = {"phase": phase, "round": number, "attempt": 1}
         self.add(Started(**self._next(job), **place))
         self.add(Stored(**self._next(job), **place, sha256="5a" * 32))
+
+    def open_sum(self, job: str, number: int, phase: Phase = "train", attempts: int = 1) -> None:
+        place = {"phase": phase, "round": number}
+        for attempt in range(1, attempts + 1):
+            self.add(Masked(**self._next(job), **place, attempt=attempt, header="4d" * 32))
+        opened = {"survivors": ("east", "north", "south"), "answer": "5b" * 32}
+        self.add(Unmasked(**self._next(job), **place, **opened, attempt=attempts))
 
     def close(self, job: str) -> None:
         self.add(Closed(**self._next(job), outcome="finished"))
@@ -278,6 +290,56 @@ def test_entries_hidden_at_the_end_of_a_job_never_lower_a_figure(hidden: int) ->
     assert findings.require().everything.rdp > whole.everything.rdp
 
 
+def test_opened_sums_are_shown_and_cost_nothing() -> None:
+    plain, summed = Log(), Log()
+    plain.run(JOB)
+    summed.admit(JOB)
+    for number in (1, 2, 3):
+        summed.round(JOB, number)
+        summed.open_sum(JOB, number, attempts=number)
+    summed.round(JOB, 3, "evaluate")
+    summed.close(JOB)
+    summed.open_sum(JOB, 3, "evaluate")
+    for scope in (None, JOB):
+        findings = check(summed.evidence(scope), summed.trusted)
+        assert findings.complete
+        (job,) = findings.require().jobs
+        assert [(entry.phase, entry.round, entry.attempt) for entry in job.opened] == [
+            ("train", 1, 1),
+            ("train", 2, 2),
+            ("train", 3, 3),
+            ("evaluate", 3, 1),
+        ]
+        text = "helped to open 4 secure sums, each over at least 3 sites"
+        assert text in " ".join(claims(findings))
+        without_sums = check(plain.evidence(scope), plain.trusted).require()
+        assert job.figures == without_sums.jobs[0].figures
+    assert "secure sum" not in " ".join(claims(check(plain.evidence(), plain.trusted)))
+
+
+def test_sums_hidden_after_the_end_of_a_job_leave_its_figures_complete() -> None:
+    log = Log()
+    log.run(JOB)
+    log.open_sum(JOB, 3)
+    whole = check(log.evidence(JOB), log.trusted)
+    part = check(without(log.evidence(JOB), len(log.leaves) - 1), log.trusted)
+    assert whole.complete
+    assert part.complete
+    assert "entry 9 closes it" in whole.steps[3].text
+    assert part.require().worst == whole.require().worst
+
+
+@scopes
+def test_a_second_sum_of_a_round_under_the_trusted_key_fails_the_replay(job: str | None) -> None:
+    job = job and JOB
+    log = Log()
+    log.run(JOB)
+    log.open_sum(JOB, 2)
+    assert check(log.evidence(job), log.trusted).failed is None
+    log.open_sum(JOB, 2)
+    assert refusal(log.evidence(job), log.trusted) == "replay"
+
+
 def test_claims_name_unit_relation_filter_and_hospitals(log: Log) -> None:
     findings = check(log.evidence(), log.trusted)
     text = " ".join(claims(findings))
@@ -308,6 +370,53 @@ def test_figures_without_noise_are_named_in_words() -> None:
     text = " ".join(claims(findings))
     assert "released sums of scores (evaluate) without noise, once: no ε covers them" in text
     assert "without noise are not covered" in headline(findings)
+
+
+def test_what_distributed_noise_presumes_is_said_in_words(tmp_path: Path) -> None:
+    shares = NoiseShares(levels=2**18, sites=3, unseen_sites=1)
+    train = Release(sampling_rate=0.1, noise_multiplier=1.0, steps=1, distributed=shares)
+    log = Log()
+    log.admit(JOB, train=train)
+    log.admit(OTHER, train=train.model_copy(update={"distributed": None}))
+    log.round(JOB, 1)
+    log.open_sum(JOB, 1)
+    findings = check(log.evidence(), log.trusted)
+    account = findings.require()
+    assert "only if secure aggregation does and enough of the sites are" in headline(findings)
+    (said,) = (sentence for sentence in claims(findings) if "share of the noise" in sentence)
+    assert said == (
+        "Job job-01 (010101010101): each site added only its share of the noise. The ε holds only "
+        "if secure aggregation holds and at most 1 of the at least 3 sites in a sum work with the "
+        "coordinator. Whoever sees this site's update alone is not covered, and figures by PLD and "
+        "PRV do not exist."
+    )
+    items = {item.name: item.text for item in checklist(findings)}
+    assert "the claim says whom it trusts instead" in items["Threat model"]
+    assert "discrete Gaussian" in items["Mechanism"]
+    assert "not computed by PLD" in items["Epsilon"]
+    assert any("Beside it no other figure" in sentence for sentence in claims(findings))
+    # Its own figures by PLD are missing, and with them those of whoever was in both jobs.
+    shared, own = account.jobs
+    assert (shared.figures.pld_epsilon, shared.figures.prv_epsilon) == (None, None)
+    assert own.figures.pld_epsilon is not None
+    assert account.everything.pld_epsilon is account.worst.pld_epsilon is None
+    # The certified figure is that of the same noise added by a site itself.
+    assert shared.figures.filter_epsilon == own.figures.filter_epsilon
+    page = write_report(findings, tmp_path / "page.html").read_text()
+    assert page.count("σ = 1, shared by 3 sites less 1") == 2
+    assert 'class="curve pld"' not in page
+    assert page.count('class="bar-pld" x="300"') == 1
+
+
+def test_whole_noise_presumes_no_other_site(log: Log, tmp_path: Path) -> None:
+    findings = check(log.evidence(), log.trusted)
+    text = " ".join([headline(findings), *claims(findings)])
+    text += " ".join(item.text for item in checklist(findings))
+    assert "share of the noise" not in text
+    assert "Sites shared" not in text
+    assert "share the noise" not in text
+    page = write_report(findings, tmp_path / "page.html").read_text()
+    assert 'class="curve pld"' in page
 
 
 def test_a_bound_over_all_cohorts_above_the_budget_is_said_to_be_unproven() -> None:

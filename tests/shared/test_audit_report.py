@@ -47,6 +47,8 @@ def make_bundle(folder: Path, name: str = "first") -> tuple[Path, Path]:
             ledger.store(job.sha256, "train", 1, ledger.start(job.sha256, "train", 1), b"update")
             ledger.start(job.sha256, "evaluate", 2)
             if job.name == name:
+                ledger.mask(job.sha256, "train", 1, 2, "4d" * 32)
+                ledger.unmask(job.sha256, "train", 1, 2, ["east", "north", "south"], "5b" * 32)
                 ledger.finish(job.sha256, "finished")
         evidence = build(ledger)
         (folder / "keys.toml").write_text(f'north = "{ledger.public_key}"\n')
@@ -99,6 +101,7 @@ def test_verify_prints_steps_figures_claims_and_assumptions(
     assert len(re.findall(r"^ *\d+ pass ", out, re.MULTILINE)) == 10
     for words in ("first", "Assumed, not checked", "filter: valid", "no ε covers them", "zero-out"):
         assert words in out
+    assert re.search(r"train +│ 1 +│ 2 +│ 3 +│ east, north, south", out)
 
 
 def test_verify_gives_the_same_as_json(
@@ -113,6 +116,9 @@ def test_verify_gives_the_same_as_json(
         ("second", "open"),
     ]
     assert result["jobs"][0]["without_noise"] == ["evaluate"]
+    survivors = ["east", "north", "south"]
+    opened = {"phase": "train", "round": 1, "attempt": 2, "survivors": survivors}
+    assert [job["opened_sums"] for job in result["jobs"]] == [[opened], []]
     assert [phase["charged"] for phase in result["jobs"][1]["phases"]] == [3, 2]
     assert result["budget"]["epsilon"] == 8
     assert result["all_cohorts"]["rdp"] >= max(c["rdp"] for c in result["cohorts"])
@@ -244,7 +250,8 @@ def test_the_page_shows_claim_steps_jobs_cohorts_and_entries(bundle: tuple[Path,
         "dp-accounting",
     ):
         assert words in page.text
-    jobs = [row for row in page.rows if row and row[0].startswith(("first", "second"))]
+    named = [row for row in page.rows if row and row[0].startswith(("first", "second"))]
+    jobs = [row for row in named if len(row) == 10]
     assert [row[1:6] for row in jobs] == [
         ["finished", "train", "5 steps, q = 0.1, σ = 2", "1 of 3", "1"],
         ["open", "train", "5 steps, q = 0.1, σ = 2", "1 of 3", "3"],
@@ -253,9 +260,15 @@ def test_the_page_shows_claim_steps_jobs_cohorts_and_entries(bundle: tuple[Path,
     assert [row[1] for row in scored] == ["1 step, q = 1, no noise", "1 step, q = 1, σ = 8"]
     kinds = [row[2] for row in page.rows if len(row) == 6 and row[0].isdigit()]
     life = ["admitted", "started", "stored", "started"]
-    assert kinds == ["opened", *life, "closed", *life]
+    assert kinds == ["opened", *life, "masked", "unmasked", "closed", *life]
     cohorts = [row for row in page.rows if len(row) == 7 and row[0] != "cohort"]
     assert cohorts[0][2] == expected["worst"]
+    sums = [row for row in page.rows if row and row[-1] == "east, north, south"]
+    assert sums == [["first", "train", "1", "2", "3", "east, north, south"]]
+    assert (
+        "train, round 1, attempt 2 of the secure sum: opened over 3 sites: east, north, south"
+        in page.text
+    )
     assert cohorts[-1][0] == "all together"
 
 

@@ -4,8 +4,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from fedcmr_shared.errors import JobRefused, LedgerError
+from fedcmr_shared.privacy import budget as rules
 from fedcmr_shared.privacy.accounting import epsilon_from_rdp, rdp, rdp_limit
 from fedcmr_shared.privacy.budget import (
     Budget,
@@ -24,6 +26,7 @@ from fedcmr_shared.schemas.ledger import (
     Closed,
     Entry,
     Leaf,
+    Masked,
     Opened,
     Padding,
     Refused,
@@ -31,6 +34,7 @@ from fedcmr_shared.schemas.ledger import (
     Reservation,
     Started,
     Stored,
+    Unmasked,
     Withdrawn,
 )
 from fedcmr_shared.schemas.privacy import EvaluationSpec, PrivacySpec
@@ -88,6 +92,17 @@ def stored(sequence: int, round: int = 1, attempt: int = 1, **changes: Any) -> S
     return Stored.model_validate(values | {"round": round, "attempt": attempt} | changes)
 
 
+def masked(sequence: int, attempt: int = 1, **changes: Any) -> Masked:
+    values = {"at": 0, "job": JOB, "sequence": sequence, "phase": "train", "header": "4" * 64}
+    return Masked.model_validate(values | {"round": 1, "attempt": attempt} | changes)
+
+
+def unmasked(sequence: int, attempt: int = 1, **changes: Any) -> Unmasked:
+    values = {"at": 0, "job": JOB, "sequence": sequence, "phase": "train", "answer": "5" * 64}
+    values["survivors"] = ("east", "north", "south")
+    return Unmasked.model_validate(values | {"round": 1, "attempt": attempt} | changes)
+
+
 def closed(sequence: int, job: str = JOB) -> Closed:
     return Closed(at=0, job=job, sequence=sequence, outcome="finished")
 
@@ -104,6 +119,9 @@ LIFE: list[Entry] = [
     started(6, phase="evaluate"),
     closed(7),
 ]
+
+
+SUMMED: list[Entry] = [*LIFE[:4], masked(3), masked(4, attempt=3), unmasked(5, attempt=3)]
 
 
 def test_a_life_adds_up() -> None:
@@ -179,6 +197,19 @@ def test_releases_without_noise_are_counted_but_not_summed() -> None:
         ([*LIFE[:2], stored(1)], "attempt 1 of round 1 was never started"),
         ([*LIFE[:3], stored(2, attempt=2)], "attempt 2 of round 1 was never started"),
         ([*LIFE[:7], started(5, round=2, attempt=3)], "all reserved starts to train are used up"),
+        ([opened(), masked(0)], r"entry 1 \(masked\) .*is unknown, not open or closed"),
+        ([opened(), unmasked(0)], r"entry 1 \(unmasked\) .*is unknown, not open or closed"),
+        ([*LIFE[:3], masked(2)], r"round 1 \(train\) has no stored result to mask"),
+        ([*LIFE[:4], masked(3, round=2)], r"round 2 \(train\) has no stored result to mask"),
+        ([*LIFE[:4], masked(3, phase="evaluate")], "evaluate. has no stored result to mask"),
+        ([*SUMMED[:5], masked(4)], "attempt 1 of round 1 .train. does not follow attempt 1"),
+        ([*SUMMED[:6], masked(5, attempt=2)], "attempt 2 .* does not follow attempt 3"),
+        ([*SUMMED, masked(6, attempt=4)], "share of round 1 .train. left: no further attempt"),
+        ([*LIFE[:4], unmasked(3)], "attempt 1 .* cannot be opened: nothing was masked"),
+        ([*SUMMED[:6], unmasked(5)], "attempt 1 .* cannot be opened: attempt 3 was masked"),
+        ([*SUMMED[:6], unmasked(5, attempt=4)], "cannot be opened: attempt 3 was masked"),
+        ([*SUMMED, unmasked(6, attempt=3)], "share of round 1 .train. left before"),
+        ([*SUMMED[:6], masked(6, attempt=4)], "sequence is 6 instead of 5"),
         ([opened(), Withdrawn(at=0, patient="2" * 64)] * 2, r"entry 2 \(opened\)"),
         ([opened(), *[Withdrawn(at=0, patient="2" * 64)] * 2], "was withdrawn before"),
     ],
@@ -186,6 +217,67 @@ def test_releases_without_noise_are_counted_but_not_summed() -> None:
 def test_impossible_entries_are_named(entries: list[Entry], why: str) -> None:
     with pytest.raises(LedgerError, match=why):
         replay(entries)
+
+
+def test_secure_sums_are_counted_by_round_and_cost_nothing() -> None:
+    budget = replay(SUMMED)
+    state = budget.jobs[JOB]
+    assert state.masked == {("train", 1): 3}
+    assert state.unmasked == {("train", 1): SUMMED[-1]}
+    assert state.next_sequence == 6
+    assert budget.committed_rdp(COHORT) == replay(SUMMED[:4]).committed_rdp(COHORT)
+
+
+def test_the_last_rounds_sum_is_opened_after_the_job_was_closed() -> None:
+    last = [*LIFE, masked(8, round=2), unmasked(9, round=2)]
+    budget = replay(last)
+    assert budget.status(JOB) == "closed"
+    assert budget.jobs[JOB].unmasked.keys() == {("train", 2)}
+    assert budget.committed_rdp(COHORT) == replay(LIFE).committed_rdp(COHORT)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 2), st.integers(1, 6)), max_size=30))
+def test_attempts_increase_and_a_round_is_opened_once(
+    deeds: list[tuple[bool, int, int]],
+) -> None:
+    """Whatever is tried: what the rules let through is masked…, unmasked, and then nothing."""
+    budget = replay(LIFE)
+    done: dict[int, list[tuple[bool, int]]] = {1: [], 2: []}
+    for opens, number, attempt in deeds:
+        entry = (unmasked if opens else masked)(
+            budget.jobs[JOB].next_sequence, attempt, round=number
+        )
+        try:
+            budget = budget.apply(entry)
+        except LedgerError:
+            continue
+        done[number].append((opens, attempt))
+    for trace in done.values():
+        attempts = [attempt for opens, attempt in trace if not opens]
+        assert attempts == sorted(set(attempts))
+        openings = [place for place, (opens, _) in enumerate(trace) if opens]
+        assert openings in ([], [len(trace) - 1])
+        if openings:
+            assert trace[-1] == (True, attempts[-1])
+
+
+def test_that_property_fails_without_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positive control: a site without them opens S and then S without one of its sites."""
+    monkeypatch.setattr(rules, "masking_problem", lambda *_: None)
+    monkeypatch.setattr(rules, "unmasking_problem", lambda *_: None)
+    fewer = ("east", "north", "west")
+    again = [masked(6, attempt=4), unmasked(7, attempt=4, survivors=fewer)]
+    assert replay([*SUMMED, *again]).jobs[JOB].unmasked["train", 1].survivors == fewer
+
+
+@pytest.mark.parametrize(
+    "survivors",
+    [(), ("east", "north"), ("north", "east", "south"), ("east", "east", "north", "south")],
+)
+def test_survivors_are_at_least_three_names_in_order(survivors: tuple[str, ...]) -> None:
+    with pytest.raises(ValidationError, match="survivors"):
+        unmasked(5, survivors=survivors)
 
 
 def test_a_job_without_training_or_evaluation() -> None:
@@ -230,10 +322,11 @@ def test_refusals_and_withdrawals_cost_nothing() -> None:
 
 
 def test_entries_come_back_from_their_json() -> None:
-    leaves = [Leaf(entry=entry, salt="3" * 64) for entry in LIFE]
-    again = [Leaf.model_validate_json(leaf.content()) for leaf in leaves]
-    assert again == leaves
-    assert replay(leaf.entry for leaf in again) == replay(LIFE)
+    for life in (LIFE, SUMMED):
+        leaves = [Leaf(entry=entry, salt="3" * 64) for entry in life]
+        again = [Leaf.model_validate_json(leaf.content()) for leaf in leaves]
+        assert again == leaves
+        assert replay(leaf.entry for leaf in again) == replay(life)
 
 
 def job(**privacy: Any) -> JobSpec:

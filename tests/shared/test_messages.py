@@ -68,9 +68,39 @@ def test_answers_round_trip() -> None:
     assert isinstance(private, Update)
     assert private.loss is None
     assert torch.equal(read.delta["b"], torch.ones(2))
-    scores = Scores("north", 2, "ab", {"psnr": 31.5})
-    assert unpack_answer(scores.pack()) == scores
+    totals = {"psnr/sum": torch.tensor([1.5], dtype=torch.float64), "psnr/histogram": torch.ones(3)}
+    scores = unpack_answer(Scores("north", 2, "ab", totals).pack())
+    assert isinstance(scores, Scores)
+    assert (scores.site, scores.round, scores.model_sha256) == ("north", 2, "ab")
+    assert scores.totals.keys() == totals.keys()
+    for name, total in totals.items():
+        torch.testing.assert_close(scores.totals[name], total, rtol=0, atol=0)
     assert unpack_answer(Refusal("north", "declined").pack()) == Refusal("north", "declined")
+
+
+def test_update_and_scores_with_the_same_arrays_stay_apart() -> None:
+    arrays = {"psnr/sum": torch.ones(1)}
+    assert isinstance(unpack_answer(Scores("north", 2, "ab", arrays).pack()), Scores)
+    assert isinstance(unpack_answer(Update("north", 2, "ab", arrays).pack()), Update)
+
+
+@pytest.mark.parametrize("kind", [None, "refusal", 1])
+def test_an_answer_of_no_known_kind_is_refused(kind: str | int | None) -> None:
+    content = Scores("north", 2, "ab", {"psnr/sum": torch.ones(1)}).pack()
+    header = content.config_records["header"]
+    if kind is None:
+        del header["answer"]
+    else:
+        header["answer"] = kind
+    with pytest.raises(FederationError, match="incomplete"):
+        unpack_answer(content)
+
+
+def test_an_answer_without_arrays_is_refused() -> None:
+    content = Scores("north", 2, "ab", {"psnr/sum": torch.ones(1)}).pack()
+    del content["arrays"]
+    with pytest.raises(FederationError, match="no arrays"):
+        unpack_answer(content)
 
 
 def test_a_refusal_carries_nothing_but_site_and_code() -> None:

@@ -13,9 +13,19 @@ import torch
 from scipy import stats
 from torch import nn
 
-from fedcmr_shared.privacy import engines, evaluation, mechanism, noise, ranks, sampling, step
+from fedcmr_shared.privacy import (
+    discrete_noise,
+    distributed,
+    engines,
+    evaluation,
+    mechanism,
+    noise,
+    ranks,
+    sampling,
+    step,
+)
 from fedcmr_shared.privacy.mechanism import BackwardEngine, ClippedSum, Mechanism, release
-from fedcmr_shared.privacy.noise import gaussian, uniforms
+from fedcmr_shared.privacy.noise import gaussian, uniforms, words
 from fedcmr_shared.privacy.step import private_gradient
 
 # .4 % of the variance is 5.7 standard errors, so that chance fails no test.
@@ -74,6 +84,12 @@ def test_uniform_numbers_have_53_bits_and_are_never_zero() -> None:
     assert stats.kstest(values[:100_000], "uniform").pvalue > 1e-7
 
 
+def test_words_have_64_bits() -> None:
+    bits = np.unpackbits(words(100_000).view(np.uint8)).reshape(-1, 64)
+    # Six standard errors of a mean of fair coins.
+    assert abs(bits.mean(0) - 0.5).max() < 3 / np.sqrt(len(bits))
+
+
 def test_extreme_words_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     for word in (bytes(8), b"\xff" * 8):
         monkeypatch.setattr(
@@ -128,9 +144,10 @@ def test_seeds_change_nothing() -> None:
         random.seed(0)
         np.random.seed(0)
         torch.manual_seed(0)
-        found.append((gaussian(4).tolist(), uniforms(4).tolist()))
-    assert found[0][0] != found[1][0]
-    assert found[0][1] != found[1][1]
+        draws = (gaussian(4), uniforms(4), words(4), discrete_noise.discrete_gaussian(4, 2.0**60))
+        found.append([values.tolist() for values in draws])
+    for first, second in zip(*found, strict=True):
+        assert first != second
 
 
 def test_noise_leaves_the_random_states_of_others_alone() -> None:
@@ -153,7 +170,7 @@ def test_fresh_processes_draw_different_noise() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [noise, sampling, mechanism, step, ranks, evaluation, engines],
+    [noise, discrete_noise, distributed, sampling, mechanism, step, ranks, evaluation, engines],
     ids=lambda m: m.__name__,
 )
 def test_no_public_function_takes_a_seed(module: object) -> None:

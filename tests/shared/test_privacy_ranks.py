@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from fedcmr_shared.privacy.distributed import NoiseShare
 from fedcmr_shared.privacy.mechanism import BackwardEngine, Mechanism
 from fedcmr_shared.privacy.ranks import ALONE, joined
 
@@ -53,6 +54,21 @@ def test_noise_is_added_once_and_all_ranks_get_the_same(pair: Any) -> None:
     first, second = (gradient for gradient, _, _ in answers)
     assert torch.equal(first, second)
     assert float(first.square().mean()) == pytest.approx(36.0, rel=6 * (2 / count) ** 0.5)
+
+
+def test_a_share_of_noise_is_added_once_to_the_integers_of_all_ranks(pair: Any) -> None:
+    count = 1_000_000
+    mechanism = Mechanism(1.0, 1.0, 1.0, levels=2**20)
+    share = NoiseShare(variance=2500.0, limit=10**9)
+    first, second = pair.ask(
+        "shared_integers", cohort=5, coordinates=count, mechanism=mechanism, share=share
+    )
+    assert first.dtype == torch.int64
+    assert torch.equal(first, second)
+    # Five patients on two ranks; each value of the gradient is 1 / 1000 of its norm.
+    noise = (first - 5 * round(mechanism.grid_scale(count) / 1000)).double()
+    assert float(noise.mean()) == pytest.approx(0, abs=6 * 50 / count**0.5)
+    assert float(noise.square().mean()) == pytest.approx(2500.0, rel=6 * (2 / count) ** 0.5)
 
 
 def test_rank_zero_alone_draws_and_each_patient_is_dealt_once(pair: Any) -> None:

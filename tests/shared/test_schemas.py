@@ -188,6 +188,55 @@ class TestJob:
         with pytest.raises(ValidationError, match=path[-1] if path[-1] != "a" else "site_sizes"):
             JobSpec.model_validate(document)
 
+    @pytest.mark.parametrize(
+        "document",
+        [
+            {"minimum_sites": 3},
+            {"aggregation": "secure_groups", "minimum_sites": 6, "max_update_norm": 1.5},
+            {"aggregation": "secure_groups", "minimum_sites": 9, "robust": "trimmed-mean"},
+            {"aggregation": "plain_with_local_dp", "minimum_sites": 1, "robust": "krum"},
+            {"aggregation": "plain_with_local_dp", "minimum_sites": 1, "max_update_norm": 1},
+            {"secure": {"word_bits": 16, "update_range": 0.5, "post_quantum": True}},
+            {"privacy": {"evaluation": {"histogram_bins": 2}}},
+        ],
+    )
+    def test_aggregation_that_fits_its_sites(self, document: dict[str, Any]) -> None:
+        JobSpec.model_validate(document)
+
+    @pytest.mark.parametrize(
+        ("document", "message"),
+        [
+            ({"minimum_sites": 2}, "needs at least 3: write 3, or plain_with_local_dp"),
+            ({"robust": "median"}, "robust median does not fit secure_sum"),
+            ({"robust": "krum", "aggregation": "secure_groups"}, "only plain_with_local_dp"),
+            ({"max_update_norm": 1}, "max_update_norm does not fit secure_sum"),
+            ({"max_update_norm": 0}, "max_update_norm"),
+            ({"aggregation": "secure_groups", "minimum_sites": 5}, "needs at least 6"),
+            (
+                {"aggregation": "secure_groups", "minimum_sites": 8, "robust": "median"},
+                "needs at least 9",
+            ),
+            (
+                {
+                    "aggregation": "secure_groups",
+                    "minimum_sites": 7,
+                    "secure": {"group_size": 4},
+                },
+                "needs at least 8",
+            ),
+            ({"aggregation": "secure"}, "aggregation"),
+            ({"secure": {"word_bits": 8}}, "word_bits"),
+            ({"secure": {"update_range": 0}}, "update_range"),
+            ({"secure": {"attempts": 11}}, "attempts"),
+            ({"secure": {"step_timeout_s": 0}}, "step_timeout_s"),
+            ({"privacy": {"evaluation": {"histogram_bins": 1}}}, "use 2 to 50, or 0"),
+            ({"privacy": {"evaluation": {"histogram_bins": 51}}}, "histogram_bins"),
+        ],
+    )
+    def test_aggregation_that_does_not(self, document: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValidationError, match=message):
+            JobSpec.model_validate(document)
+
     def test_model_takes_no_extra_field(self) -> None:
         with pytest.raises(ValidationError, match="Extra inputs"):
             ModelSpec.model_validate({"depth": 3})

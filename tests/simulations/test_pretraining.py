@@ -29,7 +29,6 @@ from fedcmr_simulations.phantom.protocol import protocol
 from fedcmr_simulations.phantom.scan import Scan
 from fedcmr_simulations.pretraining import (
     PRIVACY,
-    PretrainingConfig,
     default_start,
     load_pretraining,
 )
@@ -178,7 +177,11 @@ def test_packaged_weights_come_from_the_packaged_configuration() -> None:
     bundle = load_bundle(default_start())
     config = load_pretraining(None)
     assert bundle.spec == config.job.model
-    assert PretrainingConfig.model_validate_json(bundle.extra["configuration"]) == config
+    # How jobs aggregate has changed since; pretraining aggregates nothing.
+    recorded, current = json.loads(bundle.extra["configuration"]), config.model_dump(mode="json")
+    assert recorded["phantom"] == current["phantom"]
+    for part in ("seed", "rounds", "model", "sampling", "training", "privacy", "cohort"):
+        assert recorded["job"][part] == current["job"][part], part
     assert (bundle.extra["origin"], bundle.extra["privacy"]) == ("simulated", PRIVACY)
     assert json.loads(bundle.extra["centres"]) == sorted(c.name for c in PRETRAINING_CENTRES)
     assert default_start().stat().st_size < 2_000_000

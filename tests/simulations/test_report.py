@@ -143,6 +143,44 @@ def test_the_privacy_section_gives_claim_and_every_site(tmp_path: Path) -> None:
     assert "NO PRIVACY" not in page.text
 
 
+def test_attempts_say_who_was_summed_and_who_was_lost(tmp_path: Path) -> None:
+    folder = tmp_path
+    make_run(folder, ["a", "b", "c", "d"])
+    job = json.loads((folder / "job.json").read_text())
+    (folder / "job.json").write_text(json.dumps({**job, "aggregation": "secure_sum"}))
+    place = {"event": "attempt", "phase": "train", "round": 2, "sites": 4, "threshold": 3}
+    silent = {"site": "a", "step": "update", "fault": "silent", "reason": "no answer in time"}
+    liar = {"site": "b", "step": "unmask", "fault": "signature", "reason": "not its key"}
+    events = [
+        {**place, "attempt": 1, "outcome": "ended", "step": "update", "survivors": [],
+         "losses": [silent]},
+        {**place, "attempt": 2, "outcome": "opened", "step": "unmask",
+         "survivors": ["b", "c", "d"], "losses": [silent, liar]},
+        {**place, "round": 3, "attempt": 1, "outcome": "closed", "step": "unmask",
+         "survivors": [], "losses": []},
+    ]  # fmt: skip
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(event) + "\n" for event in events)
+    text, _ = render(folder)
+    for sentence in (
+        "ended in step update: fewer than 3 sites left",
+        "opened: sum of 3 of 4 sites",
+        "a in step update; b in step unmask: not its key",
+        "closed without a sum, the model stays",
+        "could open nothing else",
+    ):
+        assert sentence in text
+
+
+def test_figures_that_distributed_noise_does_not_have_are_named_in_words(tmp_path: Path) -> None:
+    summary = make_run(tmp_path, ["north"])
+    summary["privacy"]["sites"]["north"]["train"]["epsilon_if_fixed"] = None
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    _, page = render(tmp_path)
+    assert "no figure by PLD, as noise was distributed), of 8 allowed" in page.text
+    assert ["north", "4", "3", "6.50", "–", "1", "1.25", "8.00"] in page.rows
+
+
 def test_scores_without_noise_are_named_in_words(tmp_path: Path) -> None:
     summary = make_run(tmp_path, ["north"])
     summary["privacy"]["evaluation"]["noise_multiplier"] = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from fedcmr_shared.schemas.job import (
 )
 from fedcmr_shared.schemas.privacy import PrivacySpec
 from fedcmr_simulations.config import SamplingCase, SimulationConfig, load_config
+from fedcmr_simulations.drops import Drop
 from fedcmr_simulations.progress import SilentProgress
 from fedcmr_simulations.runner import SimulationRequest, simulate
 from fedcmr_simulations.sites import choose_sites, data_origin
@@ -32,6 +34,8 @@ CASE = SamplingCase(pattern="uniform", acceleration=4, acs_lines=8)
 JOB = JobSpec(
     name="small",
     rounds=2,
+    minimum_sites=1,
+    aggregation="plain_with_local_dp",
     model=ModelSpec(text_encoder="hashed"),
     sampling=SamplingSpec(accelerations=(4,), acs_lines=8),
     training=TrainingSpec(local_steps=3),
@@ -105,6 +109,62 @@ def test_a_private_run_accounts_for_every_site_and_round(sites: Path, tmp_path: 
     # No update of a private run carries a loss.
     rounds = [e for e in RunFolder(out).events() if e["event"] == "round"]
     assert [e["train_loss"] for e in rounds] == [None, None]
+
+
+def test_killed_sites_cost_an_attempt_and_no_second_training(
+    make_site: Callable[..., Path], tmp_path: Path
+) -> None:
+    names = ("east", "north", "south", "west")
+    made = [make_site(name, 10, first_seed=50 * n) for n, name in enumerate(names)]
+    job = PRIVATE.job.model_copy(update={"aggregation": "secure_sum", "minimum_sites": 3})
+    drops = (Drop("north", 1), Drop("east", 2), Drop("west", 2, "consistency"))
+    out = tmp_path / "run"
+    config = PRIVATE.model_copy(update={"job": job})
+    summary = simulate(
+        SimulationRequest(config, 4, out, made[0].parent, drops=drops), SilentProgress()
+    )
+    assert summary["status"] == "finished"
+    attempts = [e for e in RunFolder(out).events() if e["event"] == "attempt"]
+    trained = [e for e in attempts if e["phase"] == "train"]
+    first, ended, opened = trained
+    assert (first["outcome"], first["survivors"]) == ("opened", ["east", "south", "west"])
+    assert [loss["site"] for loss in first["losses"]] == ["north"]
+    assert (ended["outcome"], ended["step"]) == ("ended", "consistency")
+    assert {loss["site"] for loss in ended["losses"]} == {"east", "west"}
+    assert (opened["round"], opened["attempt"], opened["outcome"]) == (2, 2, "opened")
+    for site in summary["privacy"]["sites"].values():
+        assert site["train"]["starts"] == 2
+    page = (out / "report.html").read_text()
+    assert "opened: sum of 3 of 4 sites" in page
+    assert "ended in step consistency: fewer than 3 sites left" in page
+    assert "north in step update" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "sites", "drops", "message"),
+    [
+        ({}, 2, (), "needs 3 sites for secure_sum, and there are 2"),
+        ({}, 4, (Drop("oak", 1),), "--drop oak:1: the sites are alder, birch, cedar, dogwood"),
+        ({}, 4, (Drop("alder", 3),), "the rounds 1 to 2"),
+        (
+            {"aggregation": "plain_with_local_dp"},
+            4,
+            (Drop("alder", 1),),
+            "--drop kills a site in a step of secure aggregation",
+        ),
+    ],
+)
+def test_secure_runs_that_cannot_be_are_refused_before_anything_is_written(
+    changes: dict[str, str], sites: int, drops: tuple[Drop, ...], message: str, tmp_path: Path
+) -> None:
+    secure = {"aggregation": "secure_sum", "minimum_sites": 3}
+    job = PRIVATE.job.model_copy(update={**secure, **changes})
+    wanted = SimulationRequest(
+        PRIVATE.model_copy(update={"job": job}), sites, tmp_path / "run", drops=drops
+    )
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        simulate(wanted, SilentProgress())
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_privacy_everything_says_so(sites: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fedcmr_shared.cli import cli
+from fedcmr_shared.identity.roster import Roster
 from fedcmr_shared.schemas import SitePolicy
 from fedcmr_simulations.config import SimulationConfig
 
@@ -72,7 +73,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_configurations_validate(page: Path) -> None:
-    model = SitePolicy if page.name == "policy.md" else SimulationConfig
+    special = {"sites/policy.md": SitePolicy, "sites/secure-aggregation.md": Roster}
+    model = special.get(f"{page.parent.name}/{page.name}", SimulationConfig)
     for block in blocks(page, "yaml"):
         model.model_validate(yaml.safe_load(block))
 

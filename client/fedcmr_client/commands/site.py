@@ -11,6 +11,7 @@ import click
 from fedcmr_client.commands.policy_option import policy_option
 from fedcmr_client.commands.site_check import SHOWN, check
 from fedcmr_client.commands.site_plan import plan
+from fedcmr_client.commands.site_roster import roster
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError
 
@@ -27,6 +28,7 @@ def site() -> None:
 
 site.add_command(plan)
 site.add_command(check)
+site.add_command(roster)
 
 
 @site.command()
@@ -121,9 +123,12 @@ def status(policy_path: Path, as_json: bool) -> None:
         )
         return
     _print_budget(home.policy, spending)
+    pld = figures.pld_epsilon
     click.echo(
-        f"had all jobs been fixed in advance: epsilon {figures.pld_epsilon:.4g} "
-        "spent and reserved, by privacy loss distributions"
+        "had all jobs been fixed in advance: no figure, as noise was distributed"
+        if pld is None
+        else f"had all jobs been fixed in advance: epsilon {pld:.4g} spent and reserved, by "
+        "privacy loss distributions"
     )
     if spending.jobs:
         columns = ("job", "name", "model", "state", "train", "evaluate", "epsilon", "unnoised")

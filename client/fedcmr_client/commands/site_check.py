@@ -12,10 +12,11 @@ import click
 
 from fedcmr_client.commands.policy_option import policy_option
 from fedcmr_shared.cli import json_option, print_json, print_table
-from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.errors import ConfigurationError, JobRefused
 
 if TYPE_CHECKING:
     from fedcmr_client.ledger import Ledger
+    from fedcmr_client.site_home import SiteHome
     from fedcmr_shared.schemas.job import JobSpec
 
 SHOWN: Final = 12  # characters of a job's SHA-256 in tables
@@ -42,6 +43,8 @@ def check(job: Path, policy_path: Path, as_json: bool) -> None:
         {"rule": finding.rule, "passed": finding.passed, "text": finding.text}
         for finding in examine(spec, home.policy, datetime.now().astimezone())
     ]
+    if spec.aggregation != "plain_with_local_dp":
+        rows.append(_roster_row(spec, home))
     with home.open_ledger() as ledger:
         budget = _forecast(spec, ledger)
     rows.append({"rule": "budget", "passed": budget["passed"], "text": _budget_text(budget)})
@@ -53,6 +56,17 @@ def check(job: Path, policy_path: Path, as_json: bool) -> None:
         _print_rules(spec, rows)
     if not passed:
         sys.exit(1)
+
+
+def _roster_row(job: JobSpec, home: SiteHome) -> dict[str, Any]:
+    from fedcmr_client.secure_site import summing_group
+
+    try:
+        group = summing_group(home, job)
+    except JobRefused as refusal:
+        return {"rule": "roster", "passed": False, "text": str(refusal)}
+    text = f"summed with {len(group.sites) - 1} other sites; {group.threshold} open a sum"
+    return {"rule": "roster", "passed": True, "text": text}
 
 
 def _read_job(path: Path) -> JobSpec:

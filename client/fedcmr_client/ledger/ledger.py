@@ -32,14 +32,23 @@ from fedcmr_client.store.pseudonyms import fingerprint
 from fedcmr_shared.errors import ConfigurationError, JobRefused, LedgerError
 from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.privacy.accounting import best_order, rdp_limit
-from fedcmr_shared.privacy.budget import Budget, JobState, memberships, patient_rdp, phases_of
-from fedcmr_shared.schemas.job import JobSpec
+from fedcmr_shared.privacy.budget import (
+    Budget,
+    JobState,
+    masking_problem,
+    memberships,
+    patient_rdp,
+    phases_of,
+    unmasking_problem,
+)
+from fedcmr_shared.schemas.job import FEWEST_SITES, JobSpec
 from fedcmr_shared.schemas.ledger import (
     Admitted,
     Checkpoint,
     ClockSet,
     Closed,
     Leaf,
+    Masked,
     Opened,
     Outcome,
     Phase,
@@ -47,6 +56,7 @@ from fedcmr_shared.schemas.ledger import (
     Reservation,
     Started,
     Stored,
+    Unmasked,
     Withdrawn,
 )
 
@@ -274,6 +284,71 @@ class Ledger:
             raise LedgerError(f"{path}: differs from what was stored: {message}")
         return path
 
+    def mask(self, job: str, phase: Phase, round: int, attempt: int, header: str) -> None:
+        """Let the stored result of ``round`` into ``attempt`` of its secure sum; call before.
+
+        ``header`` is the SHA-256 (hexadecimal) of what the sites of the attempt agree on. Costs
+        nothing, and goes on when the job is closed.
+
+        Raises:
+            JobRefused: no result is stored, the attempt is not a later one than all before, or an
+                unmasking share of the round left; nothing was written.
+            LedgerError: the job was not admitted.
+        """
+        with self._log.transaction() as work:
+            state = _state(work.budget, job)
+            _require_in_order("attempt", masking_problem(state, phase, round, attempt))
+            work.append(
+                Masked(
+                    at=work.now,
+                    job=job,
+                    sequence=state.next_sequence,
+                    phase=phase,
+                    round=round,
+                    attempt=attempt,
+                    header=header,
+                )
+            )
+
+    def unmask(
+        self,
+        job: str,
+        phase: Phase,
+        round: int,
+        attempt: int,
+        survivors: Collection[str],
+        answer: str,
+    ) -> None:
+        """Let unmasking shares for the sum of ``survivors`` leave, once a round; call before.
+
+        ``answer`` is the SHA-256 (hexadecimal) of the message with the shares, which may be sent
+        as often as asked for.
+
+        Raises:
+            JobRefused: the attempt is not the newest masked one, shares of the round left before,
+                or there are fewer than three survivors; nothing was written.
+            LedgerError: the job was not admitted.
+        """
+        sites = tuple(sorted(set(survivors)))
+        with self._log.transaction() as work:
+            state = _state(work.budget, job)
+            if len(sites) < FEWEST_SITES:
+                message = f"a sum of {len(sites)} sites is never opened"
+                raise JobRefused("protocol", "survivors", message)
+            _require_in_order("unmask", unmasking_problem(state, phase, round, attempt))
+            work.append(
+                Unmasked(
+                    at=work.now,
+                    job=job,
+                    sequence=state.next_sequence,
+                    phase=phase,
+                    round=round,
+                    attempt=attempt,
+                    survivors=sites,
+                    answer=answer,
+                )
+            )
+
     def finish(self, job: str, outcome: Outcome) -> None:
         """Close ``job`` and release what it never started; nothing if it is closed so already.
 
@@ -427,6 +502,11 @@ def _open_state(budget: Budget, job: str) -> JobState:
     if state.closed is not None:
         raise JobRefused("declined", "closed", f"job {state.admitted.name} is over at this site")
     return state
+
+
+def _require_in_order(rule: str, problem: str | None) -> None:
+    if problem is not None:
+        raise JobRefused("protocol", rule, problem)
 
 
 def _admission(

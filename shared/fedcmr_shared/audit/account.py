@@ -18,7 +18,15 @@ from typing import Final
 
 from fedcmr_shared.privacy.accounting import Figures, figures, rdp_limit
 from fedcmr_shared.privacy.budget import Budget, JobState, noised, patient_committed
-from fedcmr_shared.schemas.ledger import Admitted, Opened, Phase, Release, Reservation
+from fedcmr_shared.schemas.ledger import (
+    Admitted,
+    Opened,
+    Phase,
+    Release,
+    Reservation,
+    Unmasked,
+)
+from fedcmr_shared.schemas.privacy import NoiseShares
 
 _MOST_PRV: Final = 20  # a cross-check takes up to seconds
 
@@ -42,18 +50,28 @@ class PhaseAccount:
 
 @dataclass(frozen=True)
 class JobAccount:
-    """One job's figures at the job's own delta, for a patient of all its cohorts."""
+    """One job's figures at the job's own delta, for a patient of all its cohorts.
+
+    ``opened`` are the secure sums that the site helped to open, in the order of the log.
+    """
 
     job: str
     admitted: Admitted
     outcome: str
     phases: tuple[PhaseAccount, ...]
     figures: Figures
+    opened: tuple[Unmasked, ...]
 
     @property
     def without_noise(self) -> tuple[PhaseAccount, ...]:
         """Phases that may release, or released, something without noise."""
         return tuple(phase for phase in self.phases if not phase.noised and phase.charged)
+
+    @property
+    def shared_noise(self) -> NoiseShares | None:
+        """How sites share the noise of this job; None when each adds the whole."""
+        shares = (phase.release.distributed for phase in self.phases if phase.charged)
+        return next((share for share in shares if share is not None), None)
 
 
 @dataclass(frozen=True)
@@ -82,8 +100,10 @@ class Account:
             return self.everything
         most = max((cohort.figures for cohort in self.cohorts), key=lambda item: item.rdp)
         # Another cohort may cost more by PLD although it costs less by the filter.
-        pld = max(cohort.figures.pld_epsilon for cohort in self.cohorts)
-        return replace(most, pld_epsilon=min(pld, most.filter_epsilon))
+        plds = [cohort.figures.pld_epsilon for cohort in self.cohorts]
+        known = [pld for pld in plds if pld is not None]
+        pld = min(max(known), most.filter_epsilon) if len(known) == len(plds) else None
+        return replace(most, pld_epsilon=pld)
 
     @property
     def within_budget(self) -> bool:
@@ -160,4 +180,5 @@ def _job(job: str, state: JobState, order: int, *, prv: bool) -> JobAccount:
         outcome=state.closed or "open",
         phases=phases,
         figures=figures(charge, order, state.admitted.delta, prv=prv),
+        opened=tuple(state.unmasked.values()),
     )

@@ -50,11 +50,11 @@ class TimeChart:
 
 @dataclass(frozen=True)
 class Bar:
-    """One job: lengths in pixels of its filter's and its PLD figure."""
+    """One job: lengths in pixels of its filter's and its PLD figure, if it has one."""
 
     y: float
     filter: float
-    pld: float
+    pld: float | None
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def time_chart(moments: Sequence[Moment], budget: float) -> TimeChart:
 
     def curve(values: Iterable[float | None]) -> str:
         points = [(across(i), up(v)) for i, v in enumerate(values) if v is not None]
-        return _steps(points, across(len(moments)))
+        return _steps(points, across(len(moments))) if points else ""
 
     started = curve(m.started for m in moments)
     span = max(m.at for m in moments) - moments[0].at
@@ -115,7 +115,7 @@ def bar_chart(account: Account) -> BarChart:
         Bar(
             index * frame.row,
             along(job.figures.filter_epsilon),
-            along(job.figures.pld_epsilon),
+            None if job.figures.pld_epsilon is None else along(job.figures.pld_epsilon),
         )
         for index, job in enumerate(account.jobs)
     )

@@ -14,6 +14,7 @@ from typing import Final
 from fedcmr_shared.audit.account import Account, JobAccount
 from fedcmr_shared.audit.verify import Findings
 from fedcmr_shared.privacy.accounting import RELATION, UNIT, Figures
+from fedcmr_shared.schemas.privacy import NoiseShares
 
 FILTER: Final = "filter: valid although later jobs depend on earlier results"
 FIXED: Final = "PLD: had all jobs been fixed in advance"
@@ -24,7 +25,8 @@ ASSUMPTIONS: Final = tuple(
     The site ran the mechanism as its log says: drawing patients, clipping, noise and release happen
     inside the hospital and leave no proof.
 
-    The noise is Gaussian and drawn freshly from the operating system's entropy for every step.
+    The noise is Gaussian, discrete Gaussian where sites share it, and drawn freshly from the
+    operating system's entropy for every step.
 
     The arithmetic is that of real numbers; attacks on floating-point noise are made harder by
     adding four draws, not excluded.
@@ -79,10 +81,15 @@ def headline(findings: Findings) -> str:
         subject = f"All that {evidence.site} logged costs"
     else:
         subject = f"Job {account.jobs[0].admitted.name} at {evidence.site} costs"
-    exception = ""
+    exceptions = ""
     if any(job.without_noise for job in account.jobs):
-        exception = " Figures released without noise are not covered."
-    return f"{subject} {_cost(account)}.{exception}"
+        exceptions += " Figures released without noise are not covered."
+    if any(job.shared_noise for job in account.jobs):
+        exceptions += (
+            " Sites shared the noise, so this holds only if secure aggregation does and enough of "
+            "the sites are honest."
+        )
+    return f"{subject} {_cost(account)}.{exceptions}"
 
 
 def _cost(account: Account) -> str:
@@ -138,6 +145,8 @@ def _figures(figures: Figures) -> str:
 
 
 def _pld(figures: Figures) -> str:
+    if figures.pld_epsilon is None:
+        return "no other figure, as noise was distributed"
     return f"ε ≤ {epsilon_text(figures.pld_epsilon)} at δ = {delta_text(figures.delta)}"
 
 
@@ -164,6 +173,24 @@ def _job_caveats(job: JobAccount) -> Iterator[str]:
         what = "sums of scores" if phase.phase == "evaluate" else "updates"
         often = "once" if phase.charged == 1 else f"{phase.charged} times"
         yield f"{name} {deed} {what} ({phase.phase}) without noise, {often}: no ε covers them."
+    if job.shared_noise is not None:
+        yield f"{name}: {_shared_noise(job.shared_noise)}"
+    if job.opened:
+        fewest = min(len(opened.survivors) for opened in job.opened)
+        count = "1 secure sum" if len(job.opened) == 1 else f"{len(job.opened)} secure sums"
+        yield (
+            f"{name}: the site helped to open {count}, each over at least {fewest} sites, and "
+            "never a second one for the same round."
+        )
+
+
+def _shared_noise(shares: NoiseShares) -> str:
+    return (
+        "each site added only its share of the noise. The ε holds only if secure aggregation "
+        f"holds and at most {shares.unseen_sites} of the at least {shares.sites} sites in a sum "
+        "work with the coordinator. Whoever sees this site's update alone is not covered, and "
+        "figures by PLD and PRV do not exist."
+    )
 
 
 def checklist(findings: Findings) -> tuple[Item, ...]:
@@ -172,6 +199,7 @@ def checklist(findings: Findings) -> tuple[Item, ...]:
     if account is None:
         return ()
     worst, delta = account.worst, delta_text(account.opened.delta)
+    shared = any(job.shared_noise for job in account.jobs)
     return (
         Item("Unit of privacy", f"the {UNIT}, over all scans, visits and modalities"),
         Item(
@@ -197,7 +225,8 @@ def checklist(findings: Findings) -> tuple[Item, ...]:
         Item(
             "Mechanism",
             "DP-SGD with Poisson sampling of patients, one clipped gradient per patient, Gaussian "
-            "noise once per step; evaluation as noisy sums of clipped scores",
+            "noise once per step; evaluation as noisy sums of clipped scores"
+            + ("; where sites share the noise, integers and discrete Gaussian noise" * shared),
         ),
         Item(
             "Sensitivity",
@@ -206,7 +235,8 @@ def checklist(findings: Findings) -> tuple[Item, ...]:
         Item(
             "Threat model",
             "whoever sees every update and model that leaves the site; each site adds its own "
-            "noise, so neither the coordinator nor other sites are trusted",
+            "noise, so neither the coordinator nor other sites are trusted"
+            + ("; where sites share the noise, the claim says whom it trusts instead" * shared),
         ),
         Item("Empirical lower bound", "none yet" if not findings.evidence.empirical else "below"),
         Item(

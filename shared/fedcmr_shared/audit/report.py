@@ -33,11 +33,14 @@ from fedcmr_shared.schemas.ledger import (
     Admitted,
     Closed,
     Entry,
+    Masked,
     Opened,
     Padding,
     Refused,
+    Release,
     Started,
     Stored,
+    Unmasked,
     Withdrawn,
 )
 
@@ -101,12 +104,19 @@ def _detail(entry: Entry) -> str:
         case Admitted():
             parts = (
                 f"{phase}: {part.starts} starts of {part.release.steps} steps, "
-                f"q = {part.release.sampling_rate:g}, {_noise(part.release.noise_multiplier)}"
+                f"q = {part.release.sampling_rate:g}, {_noise(part.release)}"
                 for phase, part in sorted(entry.phases.items(), reverse=True)
             )
             return f"{entry.name}, {entry.model}; " + "; ".join(parts)
         case Started() | Stored():
             return f"{entry.phase}, round {entry.round}, attempt {entry.attempt}"
+        case Masked():
+            return f"{entry.phase}, round {entry.round}, attempt {entry.attempt} of the secure sum"
+        case Unmasked():
+            return (
+                f"{entry.phase}, round {entry.round}, attempt {entry.attempt} of the secure sum: "
+                f"opened over {len(entry.survivors)} sites: {', '.join(entry.survivors)}"
+            )
         case Closed():
             return entry.outcome
         case Refused():
@@ -117,8 +127,12 @@ def _detail(entry: Entry) -> str:
             return ""
 
 
-def _noise(multiplier: float | None) -> str:
-    return "no noise" if multiplier is None else f"σ = {multiplier:g}"
+def _noise(release: Release) -> str:
+    """Return the noise of a release, such as ``σ = 1.5``, and by how many sites it is made."""
+    if release.noise_multiplier is None:
+        return "no noise"
+    text, shares = f"σ = {release.noise_multiplier:g}", release.distributed
+    return f"{text}, shared by {shares.sites} sites less {shares.unseen_sites}" if shares else text
 
 
 def _percent(share: float) -> str:
@@ -133,5 +147,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(epsilon=epsilon_text, delta=delta_text, utc=utc, percent=_percent)
+    environment.filters.update(
+        epsilon=epsilon_text, delta=delta_text, noise=_noise, percent=_percent, utc=utc
+    )
     return environment.get_template("evidence.html.j2")

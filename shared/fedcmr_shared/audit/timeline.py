@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from fedcmr_shared.privacy.accounting import epsilon_from_rdp, figures, total_rdp
@@ -20,7 +20,8 @@ class Moment:
 
     ``started`` and ``charged`` are the filter's figures of the most charged cohort, without and
     with open reservations; ``everything`` is that of all cohorts together. ``pld``, the PLD
-    figure of what is charged, is None where it was not computed.
+    figure of what is charged, is None where it was not computed, and everywhere if one of these
+    moments has none.
     """
 
     at: int
@@ -37,12 +38,14 @@ def timeline(entries: Sequence[Entry]) -> tuple[Moment, ...]:
     shown = {0} | _spread(moved, _MOST_MOMENTS // 2) | _spread(started, _MOST_MOMENTS // 2)
     exact = {0} | _spread(moved, _MOST_PLD)
     moments = []
+    missing = False
     budget = Budget()
     for index, entry in enumerate(entries):
         budget = budget.apply(entry)
         if index in shown | exact:
             moments.append(_moment(budget, with_pld=index in exact))
-    return tuple(moments)
+            missing |= index in exact and moments[-1].pld is None
+    return tuple(replace(moment, pld=None) if missing else moment for moment in moments)
 
 
 def _moment(budget: Budget, *, with_pld: bool) -> Moment:

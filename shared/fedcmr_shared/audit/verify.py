@@ -28,9 +28,8 @@ from fedcmr_shared.schemas.ledger import (
     Closed,
     Entry,
     Hash,
+    JobEntry,
     Opened,
-    Started,
-    Stored,
 )
 
 # Sums of divergences round differently in another order.
@@ -203,7 +202,7 @@ def _completeness(subject: _Subject) -> str:
 def _job_completeness(subject: _Subject, job: str, entries: list[Entry]) -> str:
     own = [entry for entry in entries if not isinstance(entry, ClockSet)]
     for expected, entry in enumerate(own):
-        if not isinstance(entry, Admitted | Started | Stored | Closed) or entry.job != job:
+        if not isinstance(entry, JobEntry) or entry.job != job:
             raise LedgerError(f"an entry of kind {entry.kind} is not one of job {job[:12]}")
         if entry.sequence != expected:
             raise LedgerError(
@@ -211,9 +210,11 @@ def _job_completeness(subject: _Subject, job: str, entries: list[Entry]) -> str:
             )
     if not own:
         raise LedgerError(f"no entry of job {job[:12]} is here")
-    subject.complete = isinstance(own[-1], Closed)
+    closing = next((i for i, entry in enumerate(own) if isinstance(entry, Closed)), None)
+    subject.complete = closing is not None
     if subject.complete:
-        return f"entries 0 to {len(own) - 1} of the job are here; the last one closes it"
+        # Only a secure sum of the last round may follow, which costs nothing.
+        return f"entries 0 to {len(own) - 1} of the job are here; entry {closing} closes it"
     return (
         f"complete only up to entry {len(own) - 1} of the job, still open: it is charged all that "
         "it reserved"

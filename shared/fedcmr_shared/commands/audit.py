@@ -232,6 +232,10 @@ def _as_json(findings: Findings) -> dict[str, Any]:
                     {**asdict(phase), "release": phase.release.model_dump()} for phase in job.phases
                 ],
                 "without_noise": [phase.phase for phase in job.without_noise],
+                "opened_sums": [
+                    opened.model_dump(include={"phase", "round", "attempt", "survivors"})
+                    for opened in job.opened
+                ],
                 **asdict(job.figures),
             }
             for job in account.jobs
@@ -271,6 +275,20 @@ def _print_account(findings: Findings, account: Account) -> None:
     ]
     click.echo()
     print_table("Epsilon of each job, for a patient of all its phases", rows, _JOB_COLUMNS)
+    sums = [
+        {
+            "job": f"{job.admitted.name} ({job.job[:12]})",
+            "phase": opened.phase,
+            "round": opened.round,
+            "attempt": opened.attempt,
+            "sites": len(opened.survivors),
+            "names": ", ".join(opened.survivors),
+        }
+        for job in account.jobs
+        for opened in job.opened
+    ]
+    if sums:
+        print_table("Secure sums that the site helped to open", sums, tuple(sums[0]))
     click.echo(headline(findings))
     for sentence in claims(findings):
         click.echo(f"- {sentence}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -22,6 +23,7 @@ from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.refusals import REFUSAL_CODES, RefusalCode
 
 _ARRAYS = "arrays"
+_ANSWER = "answer"
 _HEADER = "header"
 _METRICS = "metrics"
 
@@ -82,7 +84,7 @@ class Update:
         """Return the content of a Flower message."""
         return RecordDict(
             {
-                _HEADER: _answer_header(self.site, self.round, self.model_sha256),
+                _HEADER: _answer_header("update", self.site, self.round, self.model_sha256),
                 _ARRAYS: _arrays(self.delta),
                 _METRICS: MetricRecord({} if self.loss is None else {"loss": self.loss}),
             }
@@ -91,19 +93,22 @@ class Update:
 
 @dataclass(frozen=True)
 class Scores:
-    """A site's answer to `evaluate`: means over its held-out patients."""
+    """A site's answer to `evaluate`: totals over its held-out patients.
+
+    See :func:`fedcmr_shared.privacy.evaluation.noisy_totals`; float64, one-dimensional.
+    """
 
     site: str
     round: int
     model_sha256: str
-    values: Mapping[str, float]
+    totals: Mapping[str, Tensor]
 
     def pack(self) -> RecordDict:
         """Return the content of a Flower message."""
         return RecordDict(
             {
-                _HEADER: _answer_header(self.site, self.round, self.model_sha256),
-                _METRICS: MetricRecord(dict(self.values)),
+                _HEADER: _answer_header("scores", self.site, self.round, self.model_sha256),
+                _ARRAYS: _arrays(self.totals),
             }
         )
 
@@ -132,14 +137,13 @@ def unpack_answer(content: RecordDict) -> Update | Scores | Refusal:
         raise FederationError("the answer does not name its site")
     if "refusal" in header:
         return Refusal(site, _refusal_code(header["refusal"]))
-    metrics = content.metric_records.get(_METRICS)
-    if metrics is None or "model-sha256" not in header:
+    kind = header.get(_ANSWER)
+    if "model-sha256" not in header or kind not in ("update", "scores"):
         raise FederationError(f"the answer of site {site} is incomplete")
-    values = {name: float(value) for name, value in metrics.items() if not isinstance(value, list)}
-    model_sha256 = str(header["model-sha256"])
-    if _ARRAYS not in content.array_records:
-        return Scores(site, _round(header), model_sha256, values)
-    return Update(site, _round(header), model_sha256, _state(content), values.get("loss"))
+    model_sha256, tensors = str(header["model-sha256"]), _state(content)
+    if kind == "scores":
+        return Scores(site, _round(header), model_sha256, tensors)
+    return Update(site, _round(header), model_sha256, tensors, _loss(content))
 
 
 def content_bytes(content: RecordDict) -> int:
@@ -147,8 +151,18 @@ def content_bytes(content: RecordDict) -> int:
     return sum(record.count_bytes() for record in content.array_records.values())
 
 
-def _answer_header(site: str, round_number: int, model_sha256: str) -> ConfigRecord:
-    return ConfigRecord({"site": site, "round": round_number, "model-sha256": model_sha256})
+def _answer_header(
+    kind: Literal["update", "scores"], site: str, round_number: int, model_sha256: str
+) -> ConfigRecord:
+    return ConfigRecord(
+        {_ANSWER: kind, "site": site, "round": round_number, "model-sha256": model_sha256}
+    )
+
+
+def _loss(content: RecordDict) -> float | None:
+    metrics = content.metric_records.get(_METRICS)
+    value = None if metrics is None else metrics.get("loss")
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _header(content: RecordDict) -> ConfigRecord:
@@ -166,7 +180,7 @@ def _round(header: ConfigRecord) -> int:
 
 
 def _refusal_code(value: object) -> RefusalCode:
-    if value not in REFUSAL_CODES:
+    if not isinstance(value, str) or value not in REFUSAL_CODES:
         raise FederationError(f"refusal code {value!r} is not on the public list")
     return value
 

@@ -12,6 +12,8 @@ from typing import Self
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -73,6 +75,12 @@ class SiteKey:
     def sign(self, data: bytes) -> str:
         """Return the signature of ``data``, 128 hexadecimal digits."""
         return self._private.sign(data).hex()
+
+    def storage_key(self, purpose: str) -> bytes:
+        """Return a 32-byte key for what only this site may read on its own disk (RFC 5869)."""
+        info = f"fedcmr storage 1 {purpose}".encode()
+        derivation = HKDF(algorithm=SHA256(), length=32, salt=None, info=info)
+        return derivation.derive(self._private.private_bytes_raw())
 
 
 def verify_signature(public_key: str, signature: str, data: bytes) -> None:

@@ -10,6 +10,10 @@ The relation is zero-out: one patient's contribution is replaced by zero while s
 steps, denominators and weights stay. It costs the same as adding or removing a patient (Kairouz et
 al., arXiv 2103.00039; `REPLACE_SPECIAL` in dp-accounting), so the known figures of the
 Poisson-subsampled Gaussian for add/remove are used.
+
+A release with distributed noise has the Rényi divergence of a Gaussian one with the same noise
+multiplier (why: :mod:`fedcmr_shared.privacy.distributed`), while its sum is what the release says.
+No figure by PLD or PRV is known for it.
 """
 
 from __future__ import annotations
@@ -57,22 +61,24 @@ class Figures:
     """Privacy of one patient over some releases, at ``delta``.
 
     ``rdp`` is the Rényi divergence at ``order``, ``filter_epsilon`` what it certifies,
-    ``pld_epsilon`` the figure had all jobs been fixed in advance. ``prv_epsilon`` is None when
-    not asked for and where Opacus cannot compute it.
+    ``pld_epsilon`` the figure had all jobs been fixed in advance. Where noise was distributed
+    there is neither a PLD nor a PRV figure, but None. ``prv_epsilon`` is None also when not asked
+    for and where Opacus cannot compute it.
     """
 
     order: int
     delta: float
     rdp: float
     filter_epsilon: float
-    pld_epsilon: float
+    pld_epsilon: float | None
     prv_epsilon: float | None
 
 
 def rdp(release: Release, order: int) -> float:
     """Return the Rényi divergence at integer ``order`` of all steps of one start.
 
-    Infinite for a release without noise.
+    Infinite for a release without noise. With distributed noise it holds for the sum over the
+    sites that the release names, and for nothing less.
 
     Raises:
         ConfigurationError: ``order`` is not in [2, 4096].
@@ -149,9 +155,11 @@ def pld_epsilon(
     for releases without noise, and where losses leave the range of floats.
 
     Raises:
-        ConfigurationError: ``delta`` is not in [1e-12, 1) or ``interval`` not positive.
+        ConfigurationError: ``delta`` is not in [1e-12, 1), ``interval`` not positive, or noise is
+            distributed.
     """
     _check_delta(delta)
+    _check_own_noise(releases)
     if not interval > 0:
         raise ConfigurationError(f"interval is {interval:g}: it must be positive")
     steps = _steps_per_mechanism(releases)
@@ -169,9 +177,11 @@ def prv_epsilon(releases: Mapping[Release, int], delta: float) -> float:
     Gopi, Lee and Wutschitz, arXiv 2106.02848. Slow for many different mechanisms.
 
     Raises:
-        ConfigurationError: ``delta`` is not in [1e-12, 1), or this is beyond Opacus.
+        ConfigurationError: ``delta`` is not in [1e-12, 1), noise is distributed, or this is beyond
+            Opacus.
     """
     _check_delta(delta)
+    _check_own_noise(releases)
     steps = _steps_per_mechanism(releases)
     if not steps:
         return 0.0 if steps is not None else math.inf
@@ -211,7 +221,7 @@ def figures(
         delta=delta,
         rdp=divergence,
         filter_epsilon=filter_epsilon,
-        pld_epsilon=_refined_pld(releases, delta, filter_epsilon),
+        pld_epsilon=None if _shared(releases) else _refined_pld(releases, delta, filter_epsilon),
         prv_epsilon=_prv_or_none(releases, delta) if prv else None,
     )
 
@@ -337,6 +347,18 @@ def _prv_or_none(releases: Mapping[Release, int], delta: float) -> float | None:
         return prv_epsilon(releases, delta)
     except ConfigurationError:
         return None
+
+
+def _shared(releases: Mapping[Release, int]) -> bool:
+    """Whether anything was released with distributed noise."""
+    return any(count and release.distributed for release, count in releases.items())
+
+
+def _check_own_noise(releases: Mapping[Release, int]) -> None:
+    if _shared(releases):
+        raise ConfigurationError(
+            "noise is distributed: only its Rényi divergence is known, so take the filter's figure"
+        )
 
 
 def _check_epsilon(epsilon: float) -> None:

@@ -5,6 +5,10 @@ A job's life::
 
     (unknown) --admitted--> open --started, stored--> open --closed--> closed
 
+A stored result may be masked for an attempt of the secure sum, also when the job is closed: the
+last round closes it. Attempts only increase, and once an unmasking share left there is no further
+one: a server that opened a sum S could else ask for S without one site, and subtract.
+
 Admission reserves the starts of every phase, a start counts as spent from then on, and closing
 releases what was never started. A patient's cost is the sum over all cohorts that the patient
 belongs to, as a Rényi divergence at the order that the first entry fixed.
@@ -27,6 +31,8 @@ from fedcmr_shared.schemas.ledger import (
     ClockSet,
     Closed,
     Entry,
+    JobEntry,
+    Masked,
     Opened,
     Outcome,
     Padding,
@@ -35,6 +41,7 @@ from fedcmr_shared.schemas.ledger import (
     Release,
     Started,
     Stored,
+    Unmasked,
     Withdrawn,
 )
 
@@ -56,6 +63,7 @@ def phases_of(job: JobSpec) -> dict[Phase, tuple[Release, int]]:
         sampling_rate=privacy.sampling_rate,
         noise_multiplier=privacy.noise_multiplier,
         steps=job.training.local_steps,
+        distributed=privacy.noise_shares(job.minimum_sites),
     )
     phases: dict[Phase, tuple[Release, int]] = {"train": (train, job.rounds + privacy.spare_rounds)}
     evaluations = len(job.evaluated_rounds())
@@ -71,7 +79,8 @@ class JobState:
     """What the log says of one job.
 
     ``starts`` counts started rounds of each phase, repeated ones included; ``attempts`` those of
-    one round. ``next_sequence`` is the place of the job's next entry among its own.
+    one round. ``masked`` gives the newest attempt of each secure sum, ``unmasked`` what was opened.
+    ``next_sequence`` is the place of the job's next entry among its own.
     """
 
     admitted: Admitted
@@ -80,6 +89,8 @@ class JobState:
     starts: Mapping[Phase, int] = field(default_factory=dict)
     attempts: Mapping[RoundOfPhase, int] = field(default_factory=dict)
     stored: Mapping[RoundOfPhase, Stored] = field(default_factory=dict)
+    masked: Mapping[RoundOfPhase, int] = field(default_factory=dict)
+    unmasked: Mapping[RoundOfPhase, Unmasked] = field(default_factory=dict)
 
     def started(self, phase: Phase) -> int:
         """Starts of ``phase`` so far."""
@@ -160,7 +171,7 @@ class Budget:
         match entry:
             case Opened():
                 return replace(self, first=entry)
-            case Admitted() | Started() | Stored() | Closed():
+            case Admitted() | Started() | Stored() | Masked() | Unmasked() | Closed():
                 state = self._follow_in_job(entry)
                 return replace(self, jobs=MappingProxyType({**self.jobs, entry.job: state}))
             case Withdrawn():
@@ -170,10 +181,10 @@ class Budget:
             case Refused() | ClockSet() | Padding():
                 return self
 
-    def _follow_in_job(self, entry: Admitted | Started | Stored | Closed) -> JobState:
-        status = self.status(entry.job)
-        if status != _REQUIRED[entry.kind]:
-            raise _Impossible(f"job {entry.job[:12]}… is {status}, not {_REQUIRED[entry.kind]}")
+    def _follow_in_job(self, entry: JobEntry) -> JobState:
+        status, required = self.status(entry.job), _REQUIRED[entry.kind]
+        if status not in required:
+            raise _Impossible(f"job {entry.job[:12]}… is {status}, not {' or '.join(required)}")
         sequence = self.jobs[entry.job].next_sequence if entry.job in self.jobs else 0
         if entry.sequence != sequence:
             raise _Impossible(f"its sequence is {entry.sequence} instead of {sequence}")
@@ -184,6 +195,10 @@ class Budget:
                 state = _started(self.jobs[entry.job], entry)
             case Stored():
                 state = _stored(self.jobs[entry.job], entry)
+            case Masked():
+                state = _masked(self.jobs[entry.job], entry)
+            case Unmasked():
+                state = _unmasked(self.jobs[entry.job], entry)
             case Closed():
                 state = _closed(self.jobs[entry.job], entry)
         return replace(state, next_sequence=sequence + 1)
@@ -260,6 +275,31 @@ def memberships(
     }
 
 
+def masking_problem(state: JobState, phase: Phase, round: int, attempt: int) -> str | None:
+    """Say why the result of ``round`` may not be masked for ``attempt``; None when it may."""
+    place = (phase, round)
+    newest = state.masked.get(place, 0)
+    if place not in state.stored:
+        return f"round {round} ({phase}) has no stored result to mask"
+    if place in state.unmasked:
+        return f"an unmasking share of round {round} ({phase}) left: no further attempt"
+    if attempt <= newest:
+        return f"attempt {attempt} of round {round} ({phase}) does not follow attempt {newest}"
+    return None
+
+
+def unmasking_problem(state: JobState, phase: Phase, round: int, attempt: int) -> str | None:
+    """Say why no unmasking share of ``round`` may leave in ``attempt``; None when one may."""
+    place = (phase, round)
+    newest = state.masked.get(place, 0)
+    if place in state.unmasked:
+        return f"an unmasking share of round {round} ({phase}) left before"
+    if attempt != newest:
+        masked = f"attempt {newest} was" if newest else "nothing was"
+        return f"attempt {attempt} of round {round} ({phase}) cannot be opened: {masked} masked"
+    return None
+
+
 def _count(
     budget: Budget, cohorts: Iterable[str], starts: Callable[[JobState, Phase], int]
 ) -> dict[Release, int]:
@@ -302,16 +342,38 @@ def _stored(state: JobState, entry: Stored) -> JobState:
     return replace(state, stored={**state.stored, place: entry})
 
 
+def _masked(state: JobState, entry: Masked) -> JobState:
+    problem = masking_problem(state, entry.phase, entry.round, entry.attempt)
+    if problem:
+        raise _Impossible(problem)
+    return replace(state, masked={**state.masked, (entry.phase, entry.round): entry.attempt})
+
+
+def _unmasked(state: JobState, entry: Unmasked) -> JobState:
+    problem = unmasking_problem(state, entry.phase, entry.round, entry.attempt)
+    if problem:
+        raise _Impossible(problem)
+    shares = state.admitted.phases[entry.phase].release.distributed
+    if shares is not None and len(entry.survivors) < shares.sites:
+        raise _Impossible(
+            f"it opens a sum over {len(entry.survivors)} sites, but the noise is shared by at "
+            f"least {shares.sites}"
+        )
+    return replace(state, unmasked={**state.unmasked, (entry.phase, entry.round): entry})
+
+
 def _closed(state: JobState, entry: Closed) -> JobState:
     return replace(state, closed=entry.outcome)
 
 
 # What a job must be before each of its entries.
-_REQUIRED: Final[Mapping[str, JobStatus]] = {
-    "admitted": "unknown",
-    "started": "open",
-    "stored": "open",
-    "closed": "open",
+_REQUIRED: Final[Mapping[str, tuple[JobStatus, ...]]] = {
+    "admitted": ("unknown",),
+    "started": ("open",),
+    "stored": ("open",),
+    "masked": ("open", "closed"),
+    "unmasked": ("open", "closed"),
+    "closed": ("open",),
 }
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.privacy.noise import gaussian
-from fedcmr_shared.schemas.privacy import Clipping
+from fedcmr_shared.schemas.privacy import Clipping, PrivacySpec
 
 Example = TypeVar("Example")
 Example_contra = TypeVar("Example_contra", contravariant=True)
@@ -46,6 +46,9 @@ class Mechanism:
     *per-layer* clipping each of L parameter tensors is clipped to C / sqrt(L), so that the whole
     still moves by at most C and the accounting is the same.
 
+    With ``levels`` contributions are vectors of whole numbers of norm <= ``levels`` instead, for
+    noise that several sites make together (:mod:`fedcmr_shared.privacy.distributed`).
+
     Raises:
         ConfigurationError: a value is not positive and finite.
     """
@@ -54,6 +57,7 @@ class Mechanism:
     noise_multiplier: float
     expected_patients: float
     clipping: Clipping = "flat"
+    levels: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("clip_norm", "noise_multiplier", "expected_patients"):
@@ -61,13 +65,45 @@ class Mechanism:
             if not (math.isfinite(value) and value > 0):
                 raise ConfigurationError(f"{name} is {value}: it must be positive and finite")
 
+    @classmethod
+    def of(cls, privacy: PrivacySpec, weight: float) -> Mechanism:
+        """Return the mechanism of a site of the given size-class weight."""
+        return cls(
+            clip_norm=privacy.clip_norm,
+            noise_multiplier=privacy.noise_multiplier,
+            expected_patients=privacy.sampling_rate * privacy.cohort_size * weight,
+            clipping=privacy.clipping,
+            levels=None if privacy.distributed is None else privacy.distributed.levels,
+        )
+
+    def grid_scale(self, values: int) -> float:
+        """Return the grid steps in one unit of a gradient of ``values`` values; 1 without levels.
+
+        Rounding to whole steps moves a vector by at most sqrt(values) / 2. A norm of C becomes that
+        much less than ``levels``, and 2^-20 of them less for the rounding of float64 itself. So
+        every rounded vector has a norm of at most ``levels``.
+
+        Raises:
+            ConfigurationError: ``levels`` are too few for so many values.
+        """
+        if self.levels is None:
+            return 1.0
+        radius = self.levels * (1 - _ARITHMETIC) - math.sqrt(values) / 2
+        if not (radius >= self.levels / 4 and math.isfinite(self.levels / self.clip_norm)):
+            raise ConfigurationError(
+                f"{self.levels} levels are too few for {values} values and a clip norm of "
+                f"{self.clip_norm:g}: raise distributed.levels"
+            )
+        return radius / self.clip_norm
+
 
 @dataclass
 class ClippedSum:
     """Sum of clipped contributions: one float64 vector over all parameters of ``shapes``.
 
-    Complex parameters count as real pairs ``[..., 2]``. ``patients``, ``clipped`` and
-    ``non_finite`` count contributions. They depend on the data: show them at the site only.
+    With levels it holds whole numbers, which float64 adds exactly up to 2^53. Complex parameters
+    count as real pairs ``[..., 2]``. ``patients``, ``clipped`` and ``non_finite`` count
+    contributions. They depend on the data: show them at the site only.
     """
 
     vector: Tensor
@@ -108,11 +144,15 @@ class ClippedSum:
         if mechanism.clipping == "per-layer":
             parts, totals = split(vector, self.shapes), self.tensors
         limit = mechanism.clip_norm / math.sqrt(len(parts))
+        scale = mechanism.grid_scale(vector.numel())
         clipped = False
         for part, total in zip(parts, totals, strict=True):
             length = norm(part)
             clipped |= length > limit
-            total.add_(part, alpha=limit / length if length > limit else 1.0)
+            if mechanism.levels is None:
+                total.add_(part, alpha=limit / length if length > limit else 1.0)
+            else:
+                total.add_(torch.round(part.double() * (limit * scale / max(length, limit))))
         return clipped
 
 
@@ -161,7 +201,12 @@ def noisy_mean(total: ClippedSum, mechanism: Mechanism) -> Tensor:
     """Return (sum + noise) / expected patients as one float64 vector.
 
     Every call draws new noise; a sum must be released once only.
+
+    Raises:
+        ValueError: the mechanism has levels, so that the sum is one of whole numbers.
     """
+    if mechanism.levels is not None:
+        raise ValueError("whole numbers get noise from fedcmr_shared.privacy.distributed")
     scale = mechanism.noise_multiplier * mechanism.clip_norm
     noise = torch.from_numpy(gaussian(total.vector.numel())).to(total.vector.device)
     return noise.mul_(scale).add_(total.vector).div_(mechanism.expected_patients)
@@ -181,6 +226,7 @@ def set_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor
 
 
 _SAFE: Final = 1e-150
+_ARITHMETIC: Final = 2.0**-20
 
 
 def as_real(tensor: Tensor) -> Tensor:

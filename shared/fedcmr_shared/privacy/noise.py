@@ -25,6 +25,11 @@ def uniforms(count: int) -> NDArray[np.float64]:
     return _KeyStream().uniforms(count)
 
 
+def words(count: int) -> NDArray[np.uint64]:
+    """Return ``count`` independent uniform numbers of 64 bits."""
+    return _KeyStream().words(count)
+
+
 def gaussian(count: int) -> NDArray[np.float64]:
     """Return ``count`` independent standard normal numbers."""
     stream = _KeyStream()
@@ -42,11 +47,14 @@ class _KeyStream:
         cipher = Cipher(algorithms.AES(os.urandom(32)), modes.CTR(bytes(16)))
         self._encryptor = cipher.encryptor()
 
+    def words(self, count: int) -> NDArray[np.uint64]:
+        """Return the next ``count`` uniform numbers of 64 bits; read-only."""
+        return np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
+
     def uniforms(self, count: int) -> NDArray[np.float64]:
         """Return the next ``count`` uniform numbers in (0, 1]."""
-        words = np.frombuffer(self._encryptor.update(bytes(8 * count)), dtype="<u8")
         # The upper 53 bits, plus one, so that the logarithm of the result is finite.
-        upper: NDArray[np.uint64] = (words >> np.uint64(11)) + np.uint64(1)
+        upper: NDArray[np.uint64] = (self.words(count) >> np.uint64(11)) + np.uint64(1)
         return upper.astype(np.float64) * 2.0**-53
 
 

@@ -117,7 +117,7 @@ class Plan:
     spare_rounds: int
     local_steps: int
     filter_epsilon: float
-    pld_epsilon: float
+    pld_epsilon: float | None
     reserved_epsilon: float
     expected_patients: float
     relative_noise: float

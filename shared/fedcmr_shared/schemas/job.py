@@ -7,6 +7,7 @@ business and no part of a job.
 from __future__ import annotations
 
 import hashlib
+import math
 from datetime import date
 from typing import Annotated, Final, Literal, Self
 
@@ -21,8 +22,17 @@ SizeClass = Literal["small", "medium", "large"]
 Part = Literal["full", "decoder", "adapters", "prompts", "lora"]
 """What of a model a job trains; see `fedcmr_shared.privacy.parts`."""
 
-SIZE_CLASS_WEIGHTS: Final[dict[SizeClass, float]] = {"small": 1.0, "medium": 2.0, "large": 4.0}
+SIZE_CLASS_WEIGHTS: Final[dict[SizeClass, int]] = {"small": 1, "medium": 2, "large": 4}
 """Public aggregation weights. A site's sample count is never sent, so the classes are coarse."""
+
+Aggregation = Literal["secure_sum", "secure_groups", "plain_with_local_dp"]
+"""What the coordinator opens: one sum, the sums of groups, or each site's noised update."""
+
+RobustRule = Literal["mean", "median", "trimmed-mean", "krum"]
+"""How the coordinator combines what it opens."""
+
+FEWEST_SITES: Final = 3
+"""A secure sum over fewer sites hides nothing from the others."""
 
 _NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -119,6 +129,31 @@ class ResourceSpec(BaseModel):
     energy_kwh: Annotated[float, Field(gt=0)] = 10.0
 
 
+class SecureSpec(BaseModel):
+    """How updates and totals travel through the secure sum; see `fedcmr_shared.secagg`."""
+
+    model_config = _FROZEN
+
+    word_bits: Literal[32, 24, 20, 16] = Field(
+        default=32, description="bits on the wire for each value of an update"
+    )
+    update_range: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="each value of an update is clipped to plus or minus this"
+    )
+    group_size: Annotated[int, Field(ge=FEWEST_SITES, le=100)] = Field(
+        default=FEWEST_SITES, description="fewest sites in a group of secure_groups"
+    )
+    post_quantum: bool = Field(
+        default=False, description="ML-KEM-768 beside X25519 in the agreement of keys"
+    )
+    attempts: Annotated[int, Field(ge=1, le=10)] = Field(
+        default=3, description="most attempts to open one sum; nobody trains again for them"
+    )
+    step_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=120.0, description="a site that answers a step later is lost for the attempt"
+    )
+
+
 class JobSpec(BaseModel):
     """One federated training job, as the coordinator publishes it.
 
@@ -132,14 +167,27 @@ class JobSpec(BaseModel):
     coordinator: Annotated[str, Field(pattern=_NAME)] = "coordinator"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 3
-    minimum_sites: Annotated[int, Field(ge=1)] = 1
+    minimum_sites: Annotated[int, Field(ge=1)] = 3
     round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     model: ModelSpec = ModelSpec()
     sampling: SamplingSpec = SamplingSpec()
     training: TrainingSpec = TrainingSpec()
     server_optimiser: ServerOptimiserSpec = ServerOptimiserSpec()
     privacy: PrivacySpec | None = None
-    aggregation: Literal["plain", "secure"] = "plain"
+    aggregation: Aggregation = Field(
+        default="secure_sum",
+        description="what the coordinator opens: secure_sum, one sum of all sites; secure_groups, "
+        "the sums of groups of at least three; plain_with_local_dp, each site's noised update",
+    )
+    robust: RobustRule = Field(
+        default="mean", description="how what the coordinator opens is combined"
+    )
+    max_update_norm: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="updates or means of groups with a larger Euclidean norm are left out; "
+        "null for no limit",
+    )
+    secure: SecureSpec = SecureSpec()
     cohort: CohortQuery = CohortQuery()
     resources: ResourceSpec = ResourceSpec()
     site_sizes: dict[str, SizeClass] = Field(
@@ -150,16 +198,71 @@ class JobSpec(BaseModel):
     def _check(self) -> Self:
         if (self.training.part == "lora") != (self.model.lora_rank > 0):
             raise ValueError("training.part lora and model.lora_rank > 0 belong together")
+        if self.aggregation != "plain_with_local_dp":
+            self._check_secure()
+        if self.privacy is not None and self.privacy.distributed is not None:
+            self._check_distributed(self.privacy)
         return self
+
+    def _check_secure(self) -> None:
+        mode, least = self.aggregation, FEWEST_SITES
+        if self.robust == "krum":
+            raise ValueError("robust krum sees single updates: only plain_with_local_dp has them")
+        if mode == "secure_sum" and self.robust != "mean":
+            raise ValueError(
+                f"robust {self.robust} does not fit secure_sum, which opens one sum: write mean, "
+                "or aggregation secure_groups"
+            )
+        if mode == "secure_sum" and self.max_update_norm is not None:
+            raise ValueError(
+                "max_update_norm does not fit secure_sum, in which nobody sees single updates: "
+                "write null, or aggregation secure_groups"
+            )
+        if mode == "secure_groups":
+            # Of two groups, a median or trimmed mean is their mean.
+            least = self.secure.group_size * (2 if self.robust == "mean" else 3)
+        if self.minimum_sites < least:
+            raise ValueError(
+                f"minimum_sites is {self.minimum_sites}; aggregation {mode} with robust "
+                f"{self.robust} needs at least {least}: write {least}, or plain_with_local_dp"
+            )
+
+    def _check_distributed(self, privacy: PrivacySpec) -> None:
+        training, what = self.training, "privacy.distributed"
+        if self.aggregation != "secure_sum":
+            raise ValueError(f"{what} needs aggregation secure_sum: only one sum has all the noise")
+        if training.local_steps != 1:
+            raise ValueError(
+                f"{what} needs training.local_steps 1, not {training.local_steps}: a site that "
+                "moves on by itself needs the whole noise"
+            )
+        if training.optimiser != "sgd" or training.weight_decay != 0:
+            raise ValueError(
+                f"{what} needs training.optimiser sgd with weight_decay 0: the coordinator takes "
+                "the step; choose its server_optimiser"
+            )
+        if set(self.site_sizes.values()) - {"small"}:
+            raise ValueError(f"{what} needs equal shares: leave all sites in size class small")
+        shares = privacy.noise_shares(self.minimum_sites)
+        problem = shares.problem(privacy.noise_multiplier) if shares else None
+        if problem:
+            raise ValueError(f"{what}: {problem}")
 
     @property
     def sha256(self) -> str:
         """Identity of the job: SHA-256 (hexadecimal) of its canonical JSON."""
         return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
 
-    def weight(self, site: str) -> float:
+    def weight(self, site: str) -> int:
         """Public aggregation weight of ``site``."""
         return SIZE_CLASS_WEIGHTS[self.site_sizes.get(site, "small")]
+
+    def learning_rate(self, step: int) -> float:
+        """Cosine decay over all steps of the job, down to the spec's final fraction."""
+        spec = self.training
+        progress = step / max(1, self.rounds * spec.local_steps)
+        low = spec.learning_rate * spec.final_learning_rate_fraction
+        return low + (spec.learning_rate - low) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
     def evaluated_rounds(self) -> tuple[int, ...]:
         """Rounds after which the sites score the model."""

@@ -1,4 +1,4 @@
-"""Entries of a site's privacy ledger: what was allowed, started, stored, refused and closed.
+"""Entries of a site's privacy ledger: what was allowed, started, stored, masked, refused, closed.
 
 An entry is written before the deed that it names. The budget is what the entries add up to
 (:mod:`fedcmr_shared.privacy.budget`); nothing else is stored about it, so that the site and an
@@ -11,12 +11,13 @@ entry behind a neighbour's leaf hash.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from fedcmr_shared.schemas.canonical import canonical_json
-from fedcmr_shared.schemas.privacy import Clipping
+from fedcmr_shared.schemas.job import FEWEST_SITES
+from fedcmr_shared.schemas.privacy import Clipping, NoiseShares
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,11 +27,18 @@ Outcome = Literal["finished", "cancelled"]
 PHASES: Final[tuple[Phase, ...]] = ("train", "evaluate")
 
 
+def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    if list(names) != sorted(set(names)):
+        raise ValueError("the names must come sorted, each once")
+    return names
+
+
 class Release(BaseModel):
     """What one started round of a phase releases: ``steps`` Poisson-subsampled Gaussians.
 
     ``noise_multiplier`` null is a release without noise, which the policy had to allow; it has no
-    finite cost and is named in every claim instead.
+    finite cost and is named in every claim instead. With ``distributed`` the noise multiplier is
+    that of a sum over several sites, and every claim says what that presumes.
     """
 
     model_config = _FROZEN
@@ -38,6 +46,19 @@ class Release(BaseModel):
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     noise_multiplier: Annotated[float, Field(gt=0)] | None
     steps: Annotated[int, Field(ge=1)]
+    # Left out when null: leaves from before this field keep their bytes.
+    distributed: NoiseShares | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.distributed is None:
+            return self
+        if self.steps != 1:
+            raise ValueError(f"distributed noise is for one step a round, not {self.steps}")
+        problem = self.distributed.problem(self.noise_multiplier)
+        if problem:
+            raise ValueError(problem)
+        return self
 
 
 class Reservation(BaseModel):
@@ -119,6 +140,34 @@ class Stored(_JobEntry):
     sha256: Hash
 
 
+class Masked(_JobEntry):
+    """A stored result may go into an attempt of the secure sum, under masks of its own.
+
+    Written before the masked vector leaves. ``attempt`` counts those of the sum, not of the
+    training; ``header`` is the SHA-256 of what the sites of the attempt agree on.
+    """
+
+    kind: Literal["masked"] = "masked"
+    phase: Phase
+    round: Annotated[int, Field(ge=1)]
+    attempt: Annotated[int, Field(ge=1)]
+    header: Hash
+
+
+class Unmasked(_JobEntry):
+    """This site helps to open the sum of ``survivors``: no other sum of the round will be opened.
+
+    Written before the unmasking shares leave; ``answer`` is the SHA-256 of the message with them.
+    """
+
+    kind: Literal["unmasked"] = "unmasked"
+    phase: Phase
+    round: Annotated[int, Field(ge=1)]
+    attempt: Annotated[int, Field(ge=1)]
+    survivors: Annotated[tuple[str, ...], Field(min_length=FEWEST_SITES), AfterValidator(_in_order)]
+    answer: Hash
+
+
 class Closed(_JobEntry):
     """A job is over; what it never started is released."""
 
@@ -155,9 +204,22 @@ class Padding(_Entry):
 
 
 Entry = Annotated[
-    Opened | Admitted | Started | Stored | Closed | Refused | Withdrawn | ClockSet | Padding,
+    Opened
+    | Admitted
+    | Started
+    | Stored
+    | Masked
+    | Unmasked
+    | Closed
+    | Refused
+    | Withdrawn
+    | ClockSet
+    | Padding,
     Field(discriminator="kind"),
 ]
+
+JobEntry = Admitted | Started | Stored | Masked | Unmasked | Closed
+"""Entries that carry the number of their place among those of one job."""
 
 
 class Leaf(BaseModel):

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from fedcmr_shared.schemas.canonical import canonical_json
+from fedcmr_shared.schemas.job import FEWEST_SITES, Aggregation
 from fedcmr_shared.schemas.privacy import Metric
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -40,7 +41,7 @@ def _no_flag(value: object) -> object:
 
 def _full_path(value: object) -> object:
     if str(value) == "" or str(value).startswith("~"):
-        raise ValueError(f"{str(value)!r} is no folder: write its path, ~ is not understood")
+        raise ValueError(f"{str(value)!r} is no path: write it in full, ~ is not understood")
     return value
 
 
@@ -60,6 +61,7 @@ def _check_hours(text: str) -> str:
 
 
 Folder = Annotated[Path, BeforeValidator(_full_path)]
+File = Folder
 Flag = Annotated[bool, Field(strict=True)]
 Real = Annotated[float, BeforeValidator(_no_flag)]
 Whole = Annotated[int, BeforeValidator(_no_flag)]
@@ -163,8 +165,8 @@ class EvaluationPolicy(BaseModel):
     )
     allow_unnoised: Flag = Field(
         default=False,
-        description="Let these sums leave without noise when a job asks for it. "
-        "They then have no epsilon, and every claim about the job says so.",
+        description="Let these sums leave without noise when a job asks for it, inside a secure "
+        "sum only. They then have no epsilon, and every claim about the job says so.",
     )
 
 
@@ -203,13 +205,25 @@ class SitePolicy(BaseModel):
         description="Least noise multiplier of a job, in training and in noised evaluation.",
     )
     minimum_sites: Annotated[Whole, Field(ge=1)] = Field(
-        default=2, description="A job must wait for at least this many sites in every round."
+        default=3,
+        description="A job must wait for at least this many sites in every round. At least 3 with "
+        "the secure modes; the roster's threshold must not be below it.",
     )
-    aggregation: Literal["plain", "secure"] = Field(
-        default="plain",
-        description="Least aggregation: plain or secure. Plain is acceptable because every update "
-        "is noised here, before it leaves. Secure aggregation becomes available later; with "
-        "secure every job is refused until then.",
+    aggregation: Annotated[tuple[Aggregation, ...], Field(min_length=1)] = Field(
+        default=("secure_sum",),
+        description="Ways of aggregation that jobs may use. secure_sum: the coordinator opens one "
+        "sum of all sites. secure_groups: it opens the sums of groups of at least three sites. "
+        "plain_with_local_dp: it sees this site's updates, noised before they leave.",
+    )
+    roster: File | None = Field(
+        default=None,
+        description="File with the names and public keys of the federation's sites, which the "
+        "secure modes need. Compare its fingerprint with the other sites, not with the coordinator.",
+    )
+    allow_distributed_noise: Flag = Field(
+        default=False,
+        description="Let jobs draw only each site's share of the noise. The guarantee then rests "
+        "on secure aggregation and on a number of honest sites, not on this site alone.",
     )
     coordinators: tuple[Name, ...] = Field(
         default=(), description="Names of the coordinators that this site works for."
@@ -260,15 +274,22 @@ class SitePolicy(BaseModel):
                 "ledger.second_place lies in ledger.folder: choose a folder on another disk, or "
                 "a backup would restore both together"
             )
+        secure = [mode for mode in self.aggregation if mode != "plain_with_local_dp"]
+        if secure and self.minimum_sites < FEWEST_SITES:
+            raise ValueError(
+                f"minimum_sites is {self.minimum_sites}, but aggregation lists {secure[0]}: write "
+                f"at least {FEWEST_SITES}, since a sum of fewer hides nothing"
+            )
         return self
 
     @property
     def sha256(self) -> str:
         """SHA-256 (hexadecimal) of the canonical JSON of all rules.
 
-        Folders, device and processes are left out: an auditor gets the same value elsewhere.
+        Paths, device and processes are left out: an auditor gets the same value elsewhere.
         """
-        rules = self.model_dump(mode="json", exclude={"store", "ledger", "device", "processes"})
+        places = {"store", "ledger", "roster", "device", "processes"}
+        rules = self.model_dump(mode="json", exclude=places)
         return hashlib.sha256(canonical_json(rules)).hexdigest()
 
     def is_quiet(self, at: time) -> bool:

@@ -6,7 +6,8 @@ weights come from a coarse cohort size that the job declares, never from a site'
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -24,13 +25,19 @@ def _coarse(value: int) -> int:
     return value
 
 
+def _some_bins(value: int) -> int:
+    if value == 1:
+        raise ValueError("1 bin shows nothing: use 2 to 50, or 0 for no histogram")
+    return value
+
+
 class EvaluationSpec(BaseModel):
     """How scores on held-out patients leave a site.
 
     Each patient's scores are clipped to the public ranges of
-    :data:`fedcmr_shared.privacy.evaluation.SCORE_RANGES`, summed and noised. With
-    ``noise_multiplier`` null the sums leave without noise, which a site's policy must allow and
-    the job's claim says in words.
+    :data:`fedcmr_shared.privacy.evaluation.SCORE_RANGES`, then totalled and noised
+    (:func:`fedcmr_shared.privacy.evaluation.noisy_totals`). With ``noise_multiplier`` null the
+    totals leave without noise, which a site's policy must allow and the job's claim says in words.
     """
 
     model_config = _FROZEN
@@ -42,9 +49,78 @@ class EvaluationSpec(BaseModel):
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("psnr",)
     cohort_size: Annotated[int, Field(ge=1), AfterValidator(_coarse)] = Field(
         default=100,
-        description="coarse number of held-out patients of a site of size class small: the "
-        "public denominator of the means",
+        description="coarse number of held-out patients of a site of size class small: a public "
+        "bound of the totals follows from it",
     )
+    histogram_bins: Annotated[int, Field(ge=0, le=50), AfterValidator(_some_bins)] = Field(
+        default=0, description="bins of a histogram of each metric over patients; 0 for none"
+    )
+
+
+LEAST_SHARE: Final = 16.0
+"""Least standard deviation of a site's share, in grid steps: sums of shares are then discrete
+Gaussian themselves, with a relative error below 10^-1000."""
+MOST_SHARE: Final = 2.0**40
+
+
+class DistributedNoise(BaseModel):
+    """Each site adds its share of discrete Gaussian noise, so that the secure sum has the whole.
+
+    ``noise_multiplier`` of the job is then that of the sum over ``minimum_sites`` less
+    ``unseen_sites``. Unlike a site's own noise this protects nobody when secure aggregation fails,
+    or when more sites than declared work with the coordinator; every claim says so. See
+    :mod:`fedcmr_shared.privacy.distributed`.
+    """
+
+    model_config = _FROZEN
+
+    unseen_sites: Annotated[int, Field(ge=0, le=98)] = Field(
+        description="at most so many of the summed sites work with the coordinator: their shares "
+        "of the noise count nothing"
+    )
+    levels: Annotated[int, Field(ge=2**14, le=2**24)] = Field(
+        default=2**18,
+        description="steps of the integer grid in one clip norm: more are finer, and need larger "
+        "words",
+    )
+
+
+class NoiseShares(BaseModel):
+    """Noise that at least ``sites`` sites make together, ``unseen_sites`` of them not counted.
+
+    One patient moves the integer sum by at most ``levels`` in the Euclidean norm.
+    """
+
+    model_config = _FROZEN
+
+    levels: Annotated[int, Field(ge=2**14, le=2**24)]
+    sites: Annotated[int, Field(ge=3)]
+    unseen_sites: Annotated[int, Field(ge=0)]
+
+    def variance(self, noise_multiplier: float) -> float:
+        """Return the variance of one site's share, in squared grid steps.
+
+        The shares of the sites that count add up to (noise multiplier · levels)².
+        """
+        deviation = noise_multiplier * self.levels
+        return deviation * deviation / (self.sites - self.unseen_sites)
+
+    def problem(self, noise_multiplier: float | None) -> str | None:
+        """Say why shares cannot make up this noise; None when they can."""
+        if noise_multiplier is None:
+            return "distributed noise needs a noise multiplier"
+        if self.sites - self.unseen_sites < 2:
+            return (
+                f"{self.sites} sites less {self.unseen_sites} unseen_sites leave fewer than two to "
+                "share the noise: raise minimum_sites or lower unseen_sites"
+            )
+        deviation = math.sqrt(self.variance(noise_multiplier))
+        if not LEAST_SHARE <= deviation <= MOST_SHARE:
+            return (
+                f"a site's share of the noise deviates by {deviation:.4g} grid steps, not by "
+                f"{LEAST_SHARE:g} to 2^40: change noise_multiplier or distributed.levels"
+            )
+        return None
 
 
 class PrivacySpec(BaseModel):
@@ -78,4 +154,19 @@ class PrivacySpec(BaseModel):
     spare_rounds: Annotated[int, Field(ge=0, le=10_000)] = Field(
         default=1, description="rounds reserved for repeating those whose update was lost"
     )
+    distributed: DistributedNoise | None = Field(
+        default=None,
+        description="sites add shares of the noise; null: each adds the whole, which holds also "
+        "when secure aggregation fails",
+    )
     evaluation: EvaluationSpec = EvaluationSpec()
+
+    def noise_shares(self, sites: int) -> NoiseShares | None:
+        """Return how at least ``sites`` sites share the noise; None when each adds the whole."""
+        if self.distributed is None:
+            return None
+        return NoiseShares(
+            levels=self.distributed.levels,
+            sites=sites,
+            unseen_sites=self.distributed.unseen_sites,
+        )

@@ -57,6 +57,14 @@ simulate.add_command(pretrain)
     is_flag=True,
     help="Train without differential privacy. Only simulations can do that.",
 )
+@click.option(
+    "--drop",
+    "drops",
+    multiple=True,
+    metavar="SITE:ROUND[:STEP]",
+    help="Kill this site in this round, in step keys, shares, update (unless given), consistency "
+    "or unmask of the secure sum. May be given several times.",
+)
 @json_option
 def run(
     sites: int,
@@ -66,16 +74,18 @@ def run(
     out: Path | None,
     workers: int,
     no_privacy: bool,
+    drops: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Run a whole federation and write its report.
 
     Each virtual site trains with patient-level differential privacy under a policy and a budget
-    of its own, as a hospital does.
+    of its own, as a hospital does, and the coordinator opens only sums over sites.
 
     The run folder holds summary.json, report.html, the metrics and a checkpoint per round.
     """
     from fedcmr_simulations.config import load_config
+    from fedcmr_simulations.drops import Drop
     from fedcmr_simulations.progress import SilentProgress, TerminalProgress
     from fedcmr_simulations.runner import SimulationRequest
     from fedcmr_simulations.runner import simulate as run_simulation
@@ -87,7 +97,15 @@ def run(
     if out is None:
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         out = Path("runs") / f"{config.job.name}-{stamp}"
-    request = SimulationRequest(config, sites, out.absolute(), data, workers, not no_privacy)
+    request = SimulationRequest(
+        config,
+        sites,
+        out.absolute(),
+        data,
+        workers,
+        private=not no_privacy,
+        drops=tuple(Drop.parse(drop) for drop in drops),
+    )
     if no_privacy:
         click.secho(NO_PRIVACY, fg="red", bold=True, err=True)
     try:

@@ -1,0 +1,185 @@
+"""Opens the secure sums of a job's rounds, attempt after attempt.
+
+What follows an attempt of too few sites depends on whether unmasking shares were asked for:
+
+* before, the attempt *ended*, and the next one begins with whoever is connected: the sites mask
+  their stored results again, under fresh keys, and nobody trains twice;
+* after, the sites answer no other attempt of the round. Either the sums are *opened*, or the round
+  is *closed* without an update, for the sites have spent its privacy.
+
+With `secure_groups` the sums of all groups go through the steps together, and a group of too few
+sites is left out as long as enough groups remain. Events in the run folder:
+
+=================== ================================================================
+``attempt_started``  before the first question; its number is never used again
+``unmask_asked``     before the first question for shares; no other attempt follows
+``attempt``          the outcome, with survivors, losses, traffic and time
+=================== ================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fedcmr_server.links import CONNECT_TIMEOUT_S, SiteLink
+from fedcmr_server.run_folder import RunFolder
+from fedcmr_server.secure_attempt import Attempt, AttemptOver, Bounds, KeysAhead, Traffic
+from fedcmr_shared.errors import ConfigurationError, FederationError
+from fedcmr_shared.federation.messages import Task
+from fedcmr_shared.identity.roster import Roster
+from fedcmr_shared.models.bundle import state_sha256
+from fedcmr_shared.schemas.job import JobSpec
+from fedcmr_shared.schemas.ledger import Phase
+from fedcmr_shared.secagg.layout import groups
+from fedcmr_shared.secagg.server import Opened
+from fedcmr_shared.secagg.session import Session
+
+AttemptOutcome = Literal["opened", "ended", "closed"]
+
+_log = logging.getLogger("fedcmr.server")
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a phase of a round brought: one sum of each group, or none when the round closed."""
+
+    opened: tuple[Opened, ...]
+    traffic: Traffic
+
+
+class SecureSums:
+    """Opens the sums of a job among the sites of ``roster``.
+
+    Raises:
+        ConfigurationError: the roster has too few sites for the job.
+    """
+
+    def __init__(self, link: SiteLink, folder: RunFolder, job: JobSpec, roster: Roster) -> None:
+        self._link = link
+        self._folder = folder
+        self._job = job
+        self._roster = roster
+        self._groups = groups(job, roster)
+        self._bounds = _bounds(job, roster, self._groups)
+        self._ahead = KeysAhead()
+
+    def collect(self, phase: Phase, number: int, state: Mapping[str, Tensor]) -> Collected:
+        """Open the sums of ``phase`` of round ``number``, in which sites work on model ``state``.
+
+        Raises:
+            FederationError: too few sites are connected, or no attempt got as far as the unmasking
+                shares. Nothing is lost then: the sites keep their stored results.
+        """
+        traffic = Traffic()
+        before = self._recorded(phase, number)
+        if any(event["event"] == "unmask_asked" for event in before):
+            self._close_after_restart(before[-1])
+            return Collected((), traffic)
+        last = max((event["attempt"] for event in before), default=0)
+        reason: AttemptOver | None = None
+        for attempt in range(last + 1, last + 1 + self._job.secure.attempts):
+            session = Session(job=self._job.sha256, phase=phase, round=number, attempt=attempt)
+            run = Attempt(self._link, self._job, session, self._groups, self._bounds)
+            outcome, reason = self._run(run, Task(self._job, number, state))
+            traffic.add(run.traffic)
+            if outcome != "ended":
+                opened = run.opened if outcome == "opened" else ()
+                return Collected(opened, traffic)
+        raise FederationError(
+            f"round {number} ({phase}): {self._job.secure.attempts} attempts to open the sum "
+            f"ended, the last one because {reason}. See {self._folder.root / 'metrics.jsonl'}, "
+            "start the missing sites and run the job again: sites send their stored results"
+        )
+
+    def _run(self, run: Attempt, task: Task) -> tuple[AttemptOutcome, AttemptOver | None]:
+        nodes = self._link.connected(self._bounds.sites, CONNECT_TIMEOUT_S)
+        place = run.session.model_dump(exclude={"job"})
+        self._folder.record("attempt_started", **place)
+        started = time.monotonic()
+        outcome: AttemptOutcome = "ended"
+        reason = None
+        try:
+            run.keys(nodes, self._ahead, state_sha256(task.state))
+            run.shares()
+            run.vectors(task)
+            run.confirm()
+            self._folder.record("unmask_asked", **place)
+            outcome = "closed"
+            run.open()
+            outcome = "opened"
+        except AttemptOver as error:
+            reason = error
+            _log.warning("%s %s: %s", run.session, outcome, error)
+        self._ahead = run.ahead
+        self._folder.record(
+            "attempt",
+            **place,
+            outcome=outcome,
+            step=run.step,
+            reason=None if reason is None else str(reason),
+            survivors=sorted(site for each in run.opened for site in each.survivors),
+            losses=[asdict(loss) for loss in run.losses],
+            seconds=time.monotonic() - started,
+            bytes_up=run.traffic.up,
+            bytes_down=run.traffic.down,
+            exchanges=run.traffic.exchanges,
+            **self._sizes(),
+        )
+        return outcome, reason
+
+    def _recorded(self, phase: Phase, number: int) -> list[dict[str, Any]]:
+        """Return what the run folder holds about attempts at this round."""
+        names = ("attempt_started", "unmask_asked", "attempt")
+        return [
+            event
+            for event in self._folder.events()
+            if event["event"] in names and (event["phase"], event["round"]) == (phase, number)
+        ]
+
+    def _close_after_restart(self, newest: dict[str, Any]) -> None:
+        """Record the end of a round whose shares a stopped coordinator had asked for."""
+        _log.warning("round %d: the sum was asked for before a restart", newest["round"])
+        if newest["event"] == "attempt":
+            return
+        self._folder.record(
+            "attempt",
+            **{name: newest[name] for name in ("phase", "round", "attempt")},
+            outcome="closed",
+            step="unmask",
+            reason="the coordinator stopped before it had opened the sum",
+            survivors=[],
+            losses=[],
+            seconds=0.0,
+            bytes_up=0,
+            bytes_down=0,
+            exchanges=0,
+            **self._sizes(),
+        )
+
+    def _sizes(self) -> dict[str, Any]:
+        """Return sites of the roster and of each group, and how many of them must remain."""
+        return {
+            "sites": len(self._roster.sites),
+            "threshold": self._bounds.sites,
+            "groups": [list(group.names) for group in self._groups],
+        }
+
+
+def _bounds(job: JobSpec, roster: Roster, groups: tuple[Roster, ...]) -> Bounds:
+    """Return how many groups and sites must remain for the job's rule to mean something."""
+    least = 1
+    if job.aggregation == "secure_groups":
+        least = 2 if job.robust == "mean" else 3
+    smallest = sorted(group.threshold for group in groups)[:least]
+    sites = max(job.minimum_sites, sum(smallest))
+    if len(roster.sites) < sites:
+        raise ConfigurationError(
+            f"minimum_sites is {sites}, and the roster lists {len(roster.sites)} sites"
+        )
+    return Bounds(least, sites)

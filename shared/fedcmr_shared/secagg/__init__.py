@@ -1,0 +1,1 @@
+"""Secure aggregation: the coordinator opens the sum over enough sites and nothing else."""
