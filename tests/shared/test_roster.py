@@ -105,11 +105,19 @@ def test_a_key_is_64_hexadecimal_digits(key: str) -> None:
         new_roster({**sites(3), "site-009": key})
 
 
-def test_a_subset_has_its_own_default_threshold() -> None:
-    roster = Roster(sites=sites(9), threshold=9)
+@pytest.mark.parametrize(("threshold", "expected"), [(7, 4), (8, 4), (9, 4)])
+def test_a_subset_needs_at_least_the_same_share(threshold: int, expected: int) -> None:
+    roster = Roster(sites=sites(9), threshold=threshold)
     part = roster.subset(["site-007", "site-002", "site-004", "site-001"])
     assert part.names == ("site-001", "site-002", "site-004", "site-007")
-    assert part.threshold == 3
+    assert part.threshold == expected
+
+
+def test_a_subset_needs_more_than_two_thirds() -> None:
+    assert (
+        new_roster(sites(50)).subset([f"site-{number:03d}" for number in range(1, 6)]).threshold
+        == 4
+    )
 
 
 @pytest.mark.parametrize(

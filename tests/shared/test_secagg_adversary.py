@@ -495,13 +495,22 @@ def forgeries(said: Record, step: Step) -> dict[str, Signed]:
         "missing": UNSIGNED,
         "of another site": message.signed(said.sites["site-003"].identity).signature,
         "of another step": messages_of(said, other_step)[SENDER].signature,
+        "of another header": message.model_copy(update={"header": "b" * 64})
+        .signed(said.sites[SENDER].identity)
+        .signature,
         "of the key of nobody": message.signed(Puppet.draw(SENDER).identity).signature,
     }
     copies = {name: message.model_copy(update={"signature": s}) for name, s in others.items()}
     return {**copies, "of another content": altered(said, step)}
 
 
-FORGED = ["missing", "of another site", "of another step", "of the key of nobody"]
+FORGED = [
+    "missing",
+    "of another site",
+    "of another step",
+    "of another header",
+    "of the key of nobody",
+]
 
 
 @pytest.mark.parametrize("forgery", [*FORGED, "of another content"])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, get_args
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import ValidationError
 from secagg_parties import Record, draw_values, record, total, whole_numbers
 
@@ -25,8 +27,10 @@ from fedcmr_shared.secagg.site import (
     confirm_survivors,
     masks,
     offer_keys,
+    pair_mask,
     reveal_shares,
     rounding_key,
+    self_mask,
     share_secrets,
 )
 from fedcmr_simulations.rehearsal import Schedule, draw_sites, new_setting, rehearse
@@ -199,6 +203,33 @@ def test_the_post_quantum_part_changes_the_masks(quantum: Record) -> None:
     )
     honest = {mask.key for mask in masks(state)}
     assert honest.isdisjoint(mask.key for mask in masks(classical))
+
+
+def test_masks_are_for_one_header_and_one_pair(said: Record) -> None:
+    """Whatever the secret: two sessions, or two pairs, never have one mask."""
+    header, roster, secret = said.header, said.setting.roster, bytes(32)
+    other = header.model_copy(update={"model": "b" * 64})
+    pairs = list(combinations(roster.names, 2))
+    found = [pair_mask(secret, h, roster, *pair).key for h in (header, other) for pair in pairs]
+    found += [self_mask(secret, h, site).key for h in (header, other) for site in roster.names]
+    assert len(set(found)) == 2 * (6 + 4)
+    one, back = (pair_mask(secret, header, roster, *pair) for pair in (pairs[0], pairs[0][::-1]))
+    assert (one.key, one.sign) == (back.key, -back.sign)
+
+
+def test_what_is_signed_is_the_documented_bytes(said: Record) -> None:
+    for step, message in {
+        "keys": said.keys[FIRST],
+        "shares": said.shares[FIRST],
+        "update": said.vectors[FIRST][0],
+        "consistency": said.confirmations[FIRST],
+        "unmask": said.unmaskings[FIRST],
+    }.items():
+        content = json.loads(message.encode())
+        signature = bytes.fromhex(content.pop("signature"))
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(said.setting.roster.sites[FIRST]))
+        key.verify(signature, f"fedcmr secure aggregation 1 {step}\n{text}".encode())
 
 
 # --- headers and sessions ----------------------------------------------------------------------
@@ -521,6 +552,15 @@ REFUSALS: dict[str, tuple[Fault, str, Callable[[Record], object]]] = {
         "not a sorted set",
         lambda said: confirmed(said, FIRST, THIRD, FOURTH, "stranger"),
     ),
+    "survivor whose shares did not come": (
+        "survivors",
+        "whose shares this site holds",
+        lambda said: confirm_survivors(
+            accept_shares(said.states["shares"][FIRST], said.deliveries[FIRST][:2]),
+            said.sites[FIRST].identity,
+            [FIRST, SECOND, FOURTH],
+        ),
+    ),
     "without this site": (
         "survivors",
         "do not include this site",
@@ -711,6 +751,25 @@ def test_a_second_message_of_a_site_does_not_count(said: Record) -> None:
     assert lost(server) == {}
     server.shares([*said.shares.values(), said.shares[FIRST]])
     assert lost(server) == {}
+
+
+def test_of_two_signed_messages_of_a_site_the_first_counts(said: Record) -> None:
+    message = said.shares[FIRST]
+    other = resigned(said, message, sealed={**message.sealed, SECOND: message.sealed[THIRD]})
+    server = said.server(before="shares")
+    deliveries = server.shares([*said.shares.values(), other])
+    assert deliveries[SECOND] == said.deliveries[SECOND]
+
+
+def test_a_site_that_was_lost_does_not_come_back(said: Record) -> None:
+    """Its signed confirmation of the right survivors is not asked for."""
+    late = said.confirmations[FIRST].model_copy(update={"site": SECOND})
+    server = said.server(before="consistency")
+    signed = server.confirmations(
+        [late.signed(said.sites[SECOND].identity), *said.confirmations.values()]
+    )
+    assert [confirmation.site for confirmation in signed] == [FIRST, THIRD, FOURTH]
+    assert lost(server) == {SECOND: ("update", "silent")}
 
 
 def test_a_stranger_is_noted_and_left_out(said: Record) -> None:

@@ -94,7 +94,7 @@ class Roster(BaseModel):
         return self.names.index(site) + 1
 
     def subset(self, names: Collection[str]) -> Roster:
-        """Return the roster of some of the sites, with the default threshold.
+        """Return the roster of some of the sites, with a threshold of at least the same share.
 
         Raises:
             ConfigurationError: there are fewer than three, or one is not on this roster.
@@ -105,7 +105,9 @@ class Roster(BaseModel):
                 f"{', '.join(sorted(names))}: a group needs at least {FEWEST_SITES} sites of the "
                 "roster"
             )
-        return new_roster(chosen)
+        count = len(chosen)
+        share = -(-count * self.threshold // len(self.sites))  # rounded up
+        return Roster(sites=chosen, threshold=max(least_threshold(count), share))
 
 
 def new_roster(sites: Mapping[str, str]) -> Roster:
