@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import RecordDict
-from secure_federation import ProtocolLink
+from secure_federation import ProtocolLink, ProtocolSite
 from torch import Tensor
 
 from fedcmr_client.agent import SiteAgent
@@ -20,7 +20,7 @@ from fedcmr_client.site_home import SiteHome
 from fedcmr_server.secure_attempt import Attempt, Bounds, KeysAhead
 from fedcmr_shared.errors import FedcmrError, JobRefused
 from fedcmr_shared.federation.messages import Refusal, Task
-from fedcmr_shared.federation.secure_messages import QUESTIONS, read_record
+from fedcmr_shared.federation.secure_messages import QUESTIONS, UpdateQuestion, read_record
 from fedcmr_shared.identity.roster import Roster, new_roster, roster_text
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.privacy.accounting import best_order
@@ -82,6 +82,17 @@ class Hospital:
             for path in sorted(folder.rglob("*"))
             if path.is_file() and not path.name.endswith(("-shm", "-wal", ".lock"))
         }
+
+
+class Peer(ProtocolSite):
+    """A quick peer: does not read the model that comes with the question for its vector."""
+
+    def answer(self, step: Step, content: RecordDict) -> RecordDict:
+        if step != "update":
+            return super().answer(step, content)
+        question = read_record(content, UpdateQuestion)
+        assert self.job is not None
+        return self._update(question, Task(self.job, question.session.round, {}))
 
 
 def session_of(step: Step, content: RecordDict) -> Session:

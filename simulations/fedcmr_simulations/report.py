@@ -213,7 +213,7 @@ def _attempt(event: Mapping[str, Any]) -> dict[str, Any]:
     """Return an attempt's row of the table, in words."""
     outcomes = {
         "opened": f"opened: sum of {len(event['survivors'])} of {event['sites']} sites",
-        "ended": f"ended in step {event['step']}: fewer than {event['threshold']} sites left",
+        "ended": f"ended: fewer than {event['threshold']} sites left",
         "closed": "closed without a sum, the model stays",
     }
     losses = (

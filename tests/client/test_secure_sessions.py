@@ -1,29 +1,23 @@
-"""Secrets of running sums on disk: who can read them, what is left of them, and who may act.
-
-Run as a program (`python test_secure_sessions.py FOLDER lock|no-lock`), this file asks one site two
-different questions at once in two processes, and prints how many were answered.
-"""
+"""Secrets of running sums on disk: who can read them, and what is left of them."""
 
 import fcntl
-import json
 import os
 import shutil
-import subprocess
-import sys
-import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 from secure_federation import ProtocolSite, federation
 
 from fedcmr_client.secure_sessions import SessionRecord, SessionStore
 from fedcmr_shared.errors import LedgerError
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SecureSpec, TrainingSpec
-from fedcmr_shared.schemas.ledger import Phase
+from fedcmr_shared.schemas.ledger import Hash, Phase
 from fedcmr_shared.secagg.layout import header_for
 from fedcmr_shared.secagg.messages import Delivery, Step
 from fedcmr_shared.secagg.session import Session
@@ -216,6 +210,29 @@ class TestAtRest:
         assert str(path_of(store, "session", session())) in str(error.value)
         assert self.shown(self.secrets(record.state), str(error.value).encode()) == []
 
+    def test_an_error_shows_no_secret_in_a_log(
+        self, store: SessionStore, record: SessionRecord
+    ) -> None:
+        """An agent logs the errors of a failed step with all their causes."""
+        kept = record.state.secrets
+        assert kept is not None
+        longer = kept.model_copy(update={"seed": kept.seed + "00"})
+        state = record.state.model_copy(update={"secrets": longer})
+        store.save(record.model_copy(update={"state": state}))
+        with pytest.raises(LedgerError) as error:
+            store.load(session())
+        logged = "".join(traceback.format_exception(error.value))
+        assert "ValidationError" in logged
+        assert self.shown(self.secrets(record.state), logged.encode()) == []
+
+        class Talkative(BaseModel):
+            seed: Hash
+
+        # Positive control: by default, the cause shows what it could not read.
+        with pytest.raises(ValidationError) as shown:
+            Talkative(seed=longer.seed)
+        assert kept.seed[:20] in str(shown.value)
+
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
         broken = SessionStore(tmp_path / "file" / "sessions", KEY)
@@ -375,81 +392,8 @@ class TestErasure:
             path.unlink()
 
 
-def running(folder: Path) -> SessionStore:
-    """Keep the session of a site that sent its vector, and its roster."""
-    kept = SessionStore(folder / "sessions", KEY)
-    with kept.locked():
-        sites = federation(dict.fromkeys(NAMES, 0.1)).sites
-        record = SessionRecord(job=JOB, state=states(sites, session())[0])
-        kept.save(record)
-    return kept
-
-
-def confirm(store: SessionStore, survivors: Sequence[str]) -> bool:
-    """Confirm survivors as `fedcmr_client.secure_site` does; False when it is refused."""
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    from fedcmr_shared.identity.keys import SiteKey
-    from fedcmr_shared.secagg.faults import ProtocolError
-    from fedcmr_shared.secagg.site import confirm_survivors
-
-    identity = SiteKey(Ed25519PrivateKey.generate())
-    with store.locked():
-        record = store.load(session())
-        assert record is not None
-        # Long enough for the other process to have read, too, if it could.
-        (store.folder / f"read-{len(survivors)}").touch()
-        deadline = time.monotonic() + 1
-        while len([*store.folder.glob("read-*")]) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        try:
-            state, _ = confirm_survivors(record.state, identity, survivors)
-        except ProtocolError:
-            return False
-        store.save(record.model_copy(update={"state": state}))
-    return True
-
-
-def confirm_at_once(folder: Path, lock: bool) -> list[bool]:
-    store = running(folder)
-    if not lock:
-        SessionStore.locked = lambda *_: nullcontext()  # type: ignore[method-assign]
-        # Weakens the store for the positive control, in a process of its own.
-    children = []
-    for survivors in (NAMES, NAMES[:3]):
-        child = os.fork()
-        if child == 0:
-            code = 2
-            try:
-                code = 0 if confirm(store, survivors) else 1
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert set(codes) <= {0, 1}, codes
-    return [code == 0 for code in codes]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-class TestProcesses:
-    def at_once(self, folder: Path, mode: str) -> list[bool]:
-        done = subprocess.run(
-            [sys.executable, __file__, str(folder), mode],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        answers: list[bool] = json.loads(done.stdout)
-        return answers
-
-    def test_of_two_questions_at_once_exactly_one_is_answered(self, tmp_path: Path) -> None:
-        assert sorted(self.at_once(tmp_path, "lock")) == [False, True]
-
-    def test_without_the_lock_both_would_be(self, tmp_path: Path) -> None:
-        """Positive control."""
-        assert self.at_once(tmp_path, "no-lock") == [True, True]
+class TestLocks:
+    """That a site decides behind them is shown in `test_secure_site_crash.py`."""
 
     def test_locks_of_other_names_do_not_wait(self, store: SessionStore) -> None:
         def free(name: str) -> bool:
@@ -469,7 +413,3 @@ class TestProcesses:
                 assert not free("sessions")
         assert free("work")
         assert free("sessions")
-
-
-if __name__ == "__main__":
-    print(json.dumps(confirm_at_once(Path(sys.argv[1]), sys.argv[2] == "lock")))

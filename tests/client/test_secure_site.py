@@ -8,6 +8,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import pytest
 import torch
 import yaml
 from flwr.app import RecordDict
-from hospitals import SECURE, Federation, Hospital, text_of, write_roster
+from hospitals import SECURE, Federation, Hospital, Peer, text_of, write_roster
 from safetensors.torch import load_file
-from secure_federation import Place, ProtocolLink, ProtocolSite
+from secure_federation import Place, ProtocolLink
 from torch import Tensor
 
 from fedcmr_client import agent as agent_module
@@ -79,18 +80,24 @@ def make_federation(
     def make(count: int = 3, real: int = 1, job: JobSpec = JOB, **rules: Any) -> Federation:
         path = tmp_path / "roster.yaml"
         rules = {**SECURE, "roster": path, **rules}
-        stores = [make_site(name, 5, coils=2, phase=16, readout=16) for name in NAMES[:real]]
+        patients = 3 if real == 1 else 5  # enough for each part of a site's split
+        size = {"coils": 2, "phase": 16, "readout": 16}
+        stores = [make_site(name, patients, **size) for name in NAMES[:real]]
         hospitals = [Hospital(make_home(store, **rules)) for store in stores]
-        peers = [ProtocolSite(name, 0.003, job=job) for name in NAMES[real:count]]
+        peers = [Peer(name, 0.003, job=job) for name in NAMES[real:count]]
         keys = {site.name: site.home.identity().public_key for site in hospitals}
         roster = write_roster(path, {**keys, **{p.name: p.identity.public_key for p in peers}})
         for peer in peers:
             peer.roster = roster
-        torch.manual_seed(job.seed)
-        model = build_model(job.model).state_dict()
-        return Federation(job, ProtocolLink([*hospitals, *peers]), roster, model)
+        return Federation(job, ProtocolLink([*hospitals, *peers]), roster, initial(job.model))
 
     return make
+
+
+@lru_cache(maxsize=1)
+def initial(model: ModelSpec) -> Mapping[str, Tensor]:
+    torch.manual_seed(0)
+    return build_model(model).state_dict()
 
 
 class Training:
@@ -134,15 +141,13 @@ def without(federation: Federation, name: str, path: Path) -> Federation:
     keys = {site.name: federation.roster.sites[site.name] for site in sites}
     roster = write_roster(path, keys)
     for site in sites:
-        if isinstance(site, ProtocolSite):
+        if isinstance(site, Peer):
             site.roster = roster
     return Federation(federation.job, ProtocolLink(sites), roster, federation.model)
 
 
-def stored(
-    site: Hospital | ProtocolSite, job: JobSpec, phase: Phase, number: int
-) -> Mapping[str, Tensor]:
-    if isinstance(site, ProtocolSite):
+def stored(site: Hospital | Peer, job: JobSpec, phase: Phase, number: int) -> Mapping[str, Tensor]:
+    if isinstance(site, Peer):
         return site.stored[phase, number]
     with closing(site.home.open_ledger()) as ledger:
         path = ledger.stored(job.sha256, phase, number)

@@ -1,14 +1,14 @@
 """A site killed around every durable write of a secure sum, and asked by two at once.
 
-Run as a program (`python test_secure_site_crash.py POLICY MODE`), this file plays a site (the one
-of POLICY) and three peers through a life of three attempts: one that ends for lack of
-confirmations, one that opens the sum, and the beginning of the next round. At every question it
-forks one branch for each moment; there the site's process dies by SIGKILL, and an adversary who
-plays the server and all peers asks it whatever it was asked before, and something contrary. What
-ever left the site, and the ledger, are then held against the protocol's promises.
+Run as a program (`python test_secure_site_crash.py POLICY`), this file plays a site (the one of
+POLICY) and three peers through a life of three attempts: one that ends for lack of confirmations,
+one that opens the sum, and the beginning of the next round. At every question it forks one branch
+for each moment; there the site's process dies by SIGKILL, and an adversary who plays the server and
+all peers asks it whatever it was asked before, and something contrary. What ever left the site, and
+the ledger, are then held against the protocol's promises.
 
-In mode `swapped` a step's answer leaves before its writes, as a careless site's would, and the same
-search must find the broken promise. Mode `race` asks two processes of the site at once.
+Where a step's answer leaves before its writes, as a careless site's would, the same search must
+find the broken promise. Races ask two processes of the site at once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import Any, Final
 import pytest
 import torch
 from flwr.app import RecordDict
-from hospitals import SECURE, Federation, Hospital, session_of, text_of, write_roster
-from secure_federation import Place, ProtocolLink, ProtocolSite
+from hospitals import SECURE, Federation, Hospital, Peer, session_of, text_of, write_roster
+from secure_federation import Place, ProtocolLink
 
 from fedcmr_client import agent as agent_module
 from fedcmr_client import secure_site as secure_site_module
@@ -42,7 +42,6 @@ from fedcmr_client.ledger import Ledger
 from fedcmr_client.secure_sessions import SessionStore
 from fedcmr_client.site_home import SiteHome
 from fedcmr_server.secure_attempt import Attempt, AttemptOver
-from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.federation.secure_messages import (
     ConsistencyQuestion,
     KeysQuestion,
@@ -225,16 +224,6 @@ def quick_training(task: Any, _model: object, _records: object, home: SiteHome) 
     return {name: 1e-3 * torch.randn(shape) for name, shape in shapes.items()}
 
 
-class Peer(ProtocolSite):
-    """Does not read the model that comes with the question for its vector."""
-
-    def answer(self, step: Step, content: RecordDict) -> RecordDict:
-        if step != "update":
-            return super().answer(step, content)
-        question = read_record(content, UpdateQuestion)
-        return self._update(question, Task(JOB, question.session.round, {}))
-
-
 class Life:
     """A site and its peers, and the attempts that they go through."""
 
@@ -281,7 +270,10 @@ class Life:
 
 @dataclass(frozen=True)
 class Search:
-    """Kills the site at every moment of every answer, or of the steps ``only``."""
+    """Kills the site at every moment of every answer.
+
+    Where the order of a step is swapped, in the second attempt's and until a promise is broken.
+    """
 
     life: Life
     folder: Path
@@ -289,7 +281,8 @@ class Search:
     findings: list[dict[str, Any]] = field(default_factory=list)
 
     def branch(self, step: Step, content: RecordDict) -> None:
-        if self.swapped is not None and (step != self.swapped or self.found()):
+        place = (step, session_of(step, content).attempt)
+        if self.swapped is not None and place != (self.swapped, 2):
             return
         home = self.life.site.home.path.parent
         kept = self.folder / "kept"
@@ -529,24 +522,33 @@ def policy(
     return make_home(store, roster=tmp_path / "roster.yaml", **SECURE).path
 
 
-def program(*arguments: object) -> Any:
-    done = subprocess.run(
-        [sys.executable, __file__, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture(scope="module")
+def played() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def found(policy: Path, played: dict[str, Any]) -> dict[str, Any]:
+    """What the program found; played once for all tests, since its start takes longest."""
+    if not played:
+        done = subprocess.run(
+            [sys.executable, __file__, str(policy)],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        played.update(json.loads(done.stdout.splitlines()[-1]))
+    return played
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @needs_fork
-def test_no_death_breaks_a_promise_or_costs_more_than_an_attempt(policy: Path) -> None:
-    findings = program(policy, "search")
+def test_no_death_breaks_a_promise_or_costs_more_than_an_attempt(found: dict[str, Any]) -> None:
+    findings = found["deaths"]
     places = {(finding["attempt"], finding["step"]) for finding in findings}
     assert len(places) == 4 + 5 + 1 - 1  # the last attempt's keys came ahead
     assert len(findings) > 35
@@ -570,9 +572,9 @@ def test_no_death_breaks_a_promise_or_costs_more_than_an_attempt(policy: Path) -
 
 
 @needs_fork
-def test_the_search_finds_what_a_swapped_order_breaks(policy: Path) -> None:
+def test_the_search_finds_what_a_swapped_order_breaks(found: dict[str, Any]) -> None:
     """Positive control: the answer leaves before what it rests on is written."""
-    findings = program(policy, "swapped")
+    findings = found["swapped"]
     for step, broken in {
         "keys": "2 keys answers for one attempt",
         "shares": "2 shares answers for one attempt",
@@ -585,27 +587,27 @@ def test_the_search_finds_what_a_swapped_order_breaks(policy: Path) -> None:
 
 
 @needs_fork
-def test_of_two_questions_at_once_exactly_one_is_answered(policy: Path) -> None:
-    vectors, confirmations, unlocked = program(policy, "race")
+def test_of_two_questions_at_once_exactly_one_is_answered(found: dict[str, Any]) -> None:
+    vectors, confirmations, unlocked = found["races"]
     assert len(vectors) == len(confirmations) == 1
     # Positive control: without the lock both would be.
     survivors = {Confirmation.decode(text).survivors for text in unlocked}
     assert survivors == {("east", *PEERS), ("east", *PEERS[:2])}
 
 
-def main(policy: Path, mode: str) -> Any:
+def main(policy: Path) -> dict[str, Any]:
     agent_module.train_round = quick_training  # type: ignore[assignment]  # a process of its own
     gc.freeze()  # or every child would copy all memory in its search for garbage
-    if mode == "race":
-        races = [("update", True), ("consistency", True), ("consistency", False)]
-        return [afresh(policy, lambda r=one: race(policy, *r)) for one in races]  # type: ignore[misc]
+    races = [("update", True), ("consistency", True), ("consistency", False)]
     for owner, name in WRITES:
         MOMENTS.watch(owner, name)
-    if mode == "swapped":
-        # mypy cannot infer lambdas with defaults
-        return {step: afresh(policy, lambda s=step: search(policy, s)) for step in LATER}  # type: ignore[misc]
-    return search(policy, None)
+    # mypy cannot infer lambdas with defaults
+    return {
+        "races": [afresh(policy, lambda r=one: race(policy, *r)) for one in races],  # type: ignore[misc]
+        "swapped": {step: afresh(policy, lambda s=step: search(policy, s)) for step in LATER},  # type: ignore[misc]
+        "deaths": search(policy, None),
+    }
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))
+    print(json.dumps(main(Path(sys.argv[1]))))

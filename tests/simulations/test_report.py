@@ -163,7 +163,7 @@ def test_attempts_say_who_was_summed_and_who_was_lost(tmp_path: Path) -> None:
         stream.writelines(json.dumps(event) + "\n" for event in events)
     text, _ = render(folder)
     for sentence in (
-        "ended in step update: fewer than 3 sites left",
+        "ended: fewer than 3 sites left",
         "opened: sum of 3 of 4 sites",
         "a in step update; b in step unmask: not its key",
         "closed without a sum, the model stays",

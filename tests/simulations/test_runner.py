@@ -136,7 +136,7 @@ def test_killed_sites_cost_an_attempt_and_no_second_training(
         assert site["train"]["starts"] == 2
     page = (out / "report.html").read_text()
     assert "opened: sum of 3 of 4 sites" in page
-    assert "ended in step consistency: fewer than 3 sites left" in page
+    assert "ended: fewer than 3 sites left" in page
     assert "north in step update" in page
 
 
