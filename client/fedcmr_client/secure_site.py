@@ -140,6 +140,7 @@ class SecureSite:
     def _update(self, content: RecordDict) -> RecordDict:
         question = read_record(content, UpdateQuestion)
         session, sessions = question.session, self._home.sessions()
+        self._running(session)  # or a question about any job would leave a lock file
         # Whoever is late with an attempt may still train when the next one asks for the same
         # result: that waits, and then finds it stored. Other steps do not wait.
         with sessions.locked(f"{session.job}.work"):

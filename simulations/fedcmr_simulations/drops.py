@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from flwr.app import Context, Message, RecordDict
     from flwr.clientapp.typing import ClientAppCallable, Mod
 
+_PARTS: Final = re.compile(r"(?P<site>[^:]+):(?P<round>[1-9][0-9]{0,4})(:(?P<step>.+))?")
 _FORM: Final = "write SITE:ROUND or SITE:ROUND:STEP, such as cedar:2:update"
 
 
@@ -43,13 +45,12 @@ class Drop:
         Raises:
             ConfigurationError: the text is neither, or the step is unknown.
         """
-        site, _, rest = text.partition(":")
-        number, _, step = rest.partition(":")
-        if not site or not number.isdecimal() or int(number) < 1:
+        parts = _PARTS.fullmatch(text)
+        if parts is None:
             raise ConfigurationError(f"--drop {text}: {_FORM}")
         for known in STEPS:
-            if (step or "update") == known:
-                return cls(site, int(number), known)
+            if (parts["step"] or "update") == known:
+                return cls(parts["site"], int(parts["round"]), known)
         raise ConfigurationError(f"--drop {text}: the steps are {', '.join(STEPS)}")
 
 

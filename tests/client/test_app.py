@@ -6,17 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedcmr_client import app as app_module
 from fedcmr_client.agent import SiteAgent
 from fedcmr_client.app import SiteWork, create_client_app
 from fedcmr_client.site_home import SiteHome
-from fedcmr_shared.errors import ConfigurationError, DataError
+from fedcmr_shared.errors import ConfigurationError, DataError, JobRefused, LedgerError
 from fedcmr_shared.federation.messages import Refusal, Scores, Task, Update, unpack_answer
 from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
 from fedcmr_shared.schemas.privacy import PrivacySpec
+from fedcmr_shared.schemas.refusals import RefusalCode
+from fedcmr_shared.secagg.faults import ProtocolError
+from fedcmr_shared.secagg.messages import STEPS, Step
 
 JOB = JobSpec(
     rounds=1,
@@ -79,11 +83,17 @@ class Broken:
     def evaluate(self, task: Task) -> Scores:
         raise self.error
 
+    def secure_answer(self, step: Step, content: RecordDict) -> RecordDict:
+        raise self.error
+
 
 SECRET = "patient Smith of ward 3"
 
 
-@pytest.mark.parametrize("action", ["train", "evaluate"])
+SECURE_ACTIONS = [f"{phase}.{step}" for phase in ("train", "evaluate") for step in STEPS]
+
+
+@pytest.mark.parametrize("action", ["train", "evaluate", *SECURE_ACTIONS])
 @pytest.mark.parametrize("error", [DataError(SECRET), RuntimeError(SECRET), KeyError(SECRET)])
 def test_the_text_of_an_error_stays_at_the_site(
     error: Exception, action: str, caplog: pytest.LogCaptureFixture
@@ -107,6 +117,75 @@ def test_without_this_handler_flower_would_send_the_text() -> None:
     message = Message(make_task().pack(), dst_node_id=2, message_type="train")
     with pytest.raises(RuntimeError, match=SECRET):
         unguarded(message, Context(1, 2, {}, RecordDict(), {}))
+
+
+@pytest.mark.parametrize("action", SECURE_ACTIONS)
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ProtocolError("survivors", SECRET), "protocol"),
+        (ProtocolError("malformed", SECRET), "protocol"),
+        (JobRefused("minimum-sites", "minimum_sites", SECRET), "minimum-sites"),
+        (JobRefused("declined", "cohort", SECRET), "declined"),
+        (LedgerError(SECRET), "failed"),
+    ],
+)
+def test_only_public_codes_leave_the_steps_of_a_secure_sum(
+    error: Exception, code: RefusalCode, action: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = reply(Broken(error), action, RecordDict())
+    assert unpack_answer(content) == Refusal("north", code)
+    assert set(content) == {"header"}
+    assert SECRET not in str(content)
+    assert SECRET in caplog.text
+
+
+class Recording(Broken):
+    """A site that notes the steps that it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(AssertionError("a secure step is no task"))
+        self.steps: list[tuple[Step, RecordDict]] = []
+
+    def secure_answer(self, step: Step, content: RecordDict) -> RecordDict:
+        self.steps.append((step, content))
+        return RecordDict({"own": ConfigRecord({"step": step})})
+
+
+def test_every_step_of_both_phases_is_an_action_of_its_own() -> None:
+    assert len(SECURE_ACTIONS) == 10
+    site = Recording()
+    for action in SECURE_ACTIONS:
+        asked = RecordDict({"question": ConfigRecord({"action": action})})
+        answer = reply(site, action, asked)
+        assert answer.config_records["own"]["step"] == action.partition(".")[2]
+        assert site.steps[-1][1] == asked
+    assert [step for step, _ in site.steps] == [*STEPS, *STEPS]
+    # Positive control: what is no step is nothing that a site does.
+    with pytest.raises(ValueError, match="'open'"):
+        reply(site, "train.open", RecordDict())
+
+
+@pytest.mark.parametrize("site", [Recording(), Broken(ProtocolError("order", SECRET))])
+def test_of_the_steps_only_the_update_waits_for_the_tick(
+    site: Broken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[tuple[str, float]] = []
+    for action in SECURE_ACTIONS:
+        monkeypatch.setattr(
+            app_module, "hold_until_tick", lambda tick, asked=action: held.append((asked, tick))
+        )
+        reply(site, action, RecordDict())
+    assert held == [("train.update", 0.01), ("evaluate.update", 0.01)]
+
+
+def test_a_real_site_refuses_what_it_cannot_read_by_code(
+    make_home: Callable[..., SiteHome],
+) -> None:
+    site = SiteAgent(make_home(), threads=1)
+    for action in SECURE_ACTIONS:
+        content = reply(site, action, make_task().pack())
+        assert unpack_answer(content) == Refusal("north", "protocol")
 
 
 def test_a_malformed_message_is_refused_by_code() -> None:

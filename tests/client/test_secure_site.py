@@ -298,6 +298,21 @@ class TestLedger:
             now = stored(site, JOB, "train", 1)
             assert all(torch.equal(result[name], now[name]) for name in result)
 
+    def test_nothing_leaves_beside_the_vector_and_its_signature(
+        self, federation: Federation
+    ) -> None:
+        site = hospitals(federation)[0]
+        run = federation.run(federation.session(), before="update")
+        asked = question(federation, "update", run.sums[0].questions["east"])
+        answer = site.answer("update", asked)
+        assert set(answer) == {"secure", "vector"}
+        assert set(answer.config_records["secure"]) == {"json"}
+        assert set(read_record(answer, Vector).model_dump()) == {
+            *("site", "header", "blake3", "signature")
+        }
+        encoding = encoding_for(JOB, "train", federation.roster)
+        assert len(read_vector(answer)) == encoding.nbytes
+
     def test_attempts_have_fresh_keys_and_other_masks(self, federation: Federation) -> None:
         site = hospitals(federation)[0]
         kept: list[tuple[str, bytes]] = []
@@ -449,6 +464,17 @@ class TestRefusedWithoutATrace:
             content = question(federation, step, records[step], session.round)
             assert text_of(site.answer(step, content)) == PROTOCOL
         assert site.kept() == before
+
+    def test_jobs_that_nobody_heard_of_leave_no_files(self, federation: Federation) -> None:
+        federation.run(federation.session(), before="shares")
+        site = hospitals(federation)[0]
+        folder = site.home.sessions().folder
+        before = set(folder.iterdir())
+        for number in range(3):
+            session = Session(job=f"{number:064x}", phase="train", round=1, attempt=1)
+            content = question(federation, "update", UpdateQuestion(session=session, deliveries=()))
+            assert text_of(site.reply("update", content)) == PROTOCOL
+        assert set(folder.iterdir()) == before
 
     @pytest.mark.parametrize("step", ["keys", "shares", "update", "consistency", "unmask"])
     def test_a_message_that_cannot_be_read(self, step: Step, federation: Federation) -> None:
