@@ -22,7 +22,6 @@ from fedcmr_shared.errors import FedcmrError, JobRefused
 from fedcmr_shared.federation.messages import Refusal, Task
 from fedcmr_shared.federation.secure_messages import QUESTIONS, UpdateQuestion, read_record
 from fedcmr_shared.identity.roster import Roster, new_roster, roster_text
-from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.privacy.accounting import best_order
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
@@ -141,7 +140,7 @@ class Federation:
         nodes = self.link.connected(3, 0)
         task = self.task(attempt.session.round)
         ways: Mapping[Step, Callable[[], None]] = {
-            "keys": lambda: attempt.keys(nodes, ahead or KeysAhead(), state_sha256(task.state)),
+            "keys": lambda: attempt.keys(nodes, ahead or KeysAhead(), task),
             "shares": attempt.shares,
             "update": lambda: attempt.vectors(task),
             "consistency": attempt.confirm,

@@ -2,7 +2,7 @@
 
 For every task, in this order, and each step only after the one before:
 
-1. the job is held against the site's policy, with nothing opened;
+1. the job is held against the coordinator's signature and the site's policy, with nothing opened;
 2. a result that is stored already is sent again, at no further cost;
 3. the ledger admits the job: it reserves the budget of all its rounds and spare rounds;
 4. the ledger marks the round as started, which spends it, on disk and in the second place;
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +49,7 @@ from fedcmr_shared.privacy.evaluation import noisy_totals
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
 from fedcmr_shared.schemas.privacy import Metric, PrivacySpec
+from fedcmr_shared.schemas.signed_job import JobAuthorisation, require_signed
 from fedcmr_shared.secagg.messages import Step
 
 Result = TypeVar("Result", Update, Scores)
@@ -56,10 +57,15 @@ Result = TypeVar("Result", Update, Scores)
 
 @dataclass(frozen=True)
 class SiteAgent:
-    """Answers tasks for one site; ``threads`` only changes speed."""
+    """Answers tasks for one site; ``threads`` only changes speed.
+
+    ``pinned`` is the federation that the site joined, as `Membership.pinned` gives it; null, as
+    in a simulation, takes jobs that nobody signed.
+    """
 
     home: SiteHome
     threads: int | None = None
+    pinned: tuple[str, str] | None = None
 
     @property
     def name(self) -> str:
@@ -98,14 +104,16 @@ class SiteAgent:
         """Answer a step of a secure sum; see `SecureSite.answer`."""
         return SecureSite(self).answer(step, content)
 
-    def require_allowed(self, job: JobSpec, phase: Phase, number: int) -> None:
-        """Hold a job against the policy alone, and write a refusal into the ledger.
+    def require_allowed(
+        self, job: JobSpec, authorisation: JobAuthorisation | None, phase: Phase, number: int
+    ) -> None:
+        """Hold a job against its signature and the policy alone; a refusal goes into the ledger.
 
         Raises:
-            JobRefused: the policy does not allow it, or the job has no such round.
+            JobRefused: nobody signed it, the policy does not allow it, or it has no such round.
         """
         try:
-            self._require_allowed(job, phase, number)
+            self._require_allowed(job, authorisation, phase, number)
         except JobRefused as refusal:
             with closing(self.home.open_ledger()) as ledger:
                 ledger.refuse(job.sha256, refusal.code, refusal.rule)
@@ -130,7 +138,7 @@ class SiteAgent:
         job = task.job
         with closing(self.home.open_ledger()) as ledger:
             try:
-                self._require_allowed(job, phase, task.round)
+                self._require_allowed(job, task.authorisation, phase, task.round)
                 stored = ledger.stored(job.sha256, phase, task.round)
                 if stored is not None:
                     # A crash may have come between storing and closing.
@@ -153,7 +161,11 @@ class SiteAgent:
             _close_after_last(ledger, job, phase, task.round)
             return result
 
-    def _require_allowed(self, job: JobSpec, phase: Phase, number: int) -> None:
+    def _require_allowed(
+        self, job: JobSpec, authorisation: JobAuthorisation | None, phase: Phase, number: int
+    ) -> None:
+        if self.pinned is not None:
+            require_signed(job, authorisation, self.pinned, datetime.now(UTC))
         require(examine(job, self.home.policy, datetime.now().astimezone()))
         _require_round(job, phase, number)
         if phase == "evaluate" and not self._metrics(_privacy(job)):

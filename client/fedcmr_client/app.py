@@ -128,7 +128,8 @@ def _site_from_environment(context: Context) -> SiteAgent:
         policy = os.environ["FEDCMR_POLICY"]
     except KeyError as error:
         raise ConfigurationError("set the environment variable FEDCMR_POLICY") from error
-    return SiteAgent(SiteHome.open(Path(policy)))
+    home = SiteHome.open(Path(policy))
+    return SiteAgent(home, pinned=home.membership.pinned)
 
 
 app = create_client_app(_site_from_environment)

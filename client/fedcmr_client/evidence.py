@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+from fedcmr_client.cosignatures import Cosignatures
 from fedcmr_client.ledger import Ledger
 from fedcmr_shared import __version__
 from fedcmr_shared.audit.evidence import Disclosed, EarlierCheckpoint, Evidence
@@ -27,13 +28,15 @@ def build(ledger: Ledger, job: str | None = None) -> Evidence:
     Only what the newest outward checkpoint covers can be proven; that checkpoint is made now if
     it is due. The ledger's own scope then ends at it. A job's evidence may end before the job's
     newest entry while the job is open, which makes its figures larger, never smaller; for a
-    closed job it must reach the entry that closes it.
+    closed job it must reach the entry that closes it. Cosignatures that were collected come with
+    the checkpoints.
 
     Raises:
         LedgerError: the job was never admitted, its admission or its end is not covered yet (the
             message says when it will be), or the ledger cannot be read or written.
     """
-    checkpoint = ledger.checkpoint()
+    cosignatures = Cosignatures.read(ledger.place.folder)
+    checkpoint = cosignatures.on(ledger.checkpoint())
     earlier = [old for old in ledger.checkpoints() if old.size < checkpoint.size]
     leaves = ledger.leaves()
     covered = leaves[: checkpoint.size]
@@ -53,7 +56,8 @@ def build(ledger: Ledger, job: str | None = None) -> Evidence:
         leaves=tuple(disclosed),
         earlier=tuple(
             EarlierCheckpoint(
-                checkpoint=old, proof=_hex(tree.consistency_proof(old.size, checkpoint.size))
+                checkpoint=cosignatures.on(old),
+                proof=_hex(tree.consistency_proof(old.size, checkpoint.size)),
             )
             for old in earlier
         ),

@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedcmr_client.job_records import job_records
+from fedcmr_client.pauses import wait_while_held
 from fedcmr_client.private_trainer import PrivateTrainer
 from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import ScanRecord
 from fedcmr_client.task_model import load_encoder, task_model
 from fedcmr_client.trainer import change_since, trained_values
+from fedcmr_client.usage import Usage
 from fedcmr_shared.errors import FedcmrError, FederationError
 from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.models.cardiomm import CardioMM
@@ -48,16 +50,30 @@ def train_round(
 ) -> dict[str, Tensor]:
     """Train ``model`` on ``records`` for the task's round and return the noisy update.
 
-    With distributed noise that is the integer sum of one step, for the secure sum alone.
+    With distributed noise that is the integer sum of one step, for the secure sum alone. Between
+    steps the site's pause and quiet hours are kept; a wait costs the job no device hours.
 
     Raises:
         JobRefused: the job's gradient engine is not exact for this model.
     """
     job = task.job
     device = device or home.policy.device
-    encoder = load_encoder(job)
+    usage = Usage(home.policy, home.policy.ledger.folder)
+
+    def wait() -> None:
+        waited = wait_while_held(home, ranks, device)
+        if waited and ranks.index == 0:
+            usage.add(job, -waited)  # the agent counts from begin to end
+
     trainer = PrivateTrainer(
-        model, job, records, encoder, site=home.policy.site, device=device, ranks=ranks
+        model,
+        job,
+        records,
+        load_encoder(job),
+        site=home.policy.site,
+        device=device,
+        ranks=ranks,
+        before_step=wait,
     )
     if job.privacy is not None and job.privacy.distributed is not None:
         return trainer.integers(task.round)

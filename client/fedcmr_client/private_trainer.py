@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ class PrivateTrainer:
     """Trains the job's part of one model with the job's mechanism.
 
     Patients, images, masks and noise are drawn from the operating system's entropy, so a repeated
-    round is another release and costs a spare round.
+    round is another release and costs a spare round. ``before_step`` may wait, and do nothing else.
 
     Raises:
         ConfigurationError: the job declares no privacy.
@@ -55,6 +55,7 @@ class PrivateTrainer:
         site: str,
         device: str = "cpu",
         ranks: Ranks = ALONE,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         if job.privacy is None:
             raise ConfigurationError(f"job {job.name} declares no privacy: nothing to account for")
@@ -63,6 +64,7 @@ class PrivateTrainer:
         self._model = model.to(torch.device(device))
         self._cohort = Cohort(records)
         self._ranks = ranks
+        self._before_step = before_step
         self._engine = gradient_engine(self._model, job, encoder, torch.device(device))
         self._parameters = list(self._engine.parameters)
         self.mechanism = Mechanism.of(job.privacy, job.weight(site))
@@ -72,6 +74,7 @@ class PrivateTrainer:
         """Take ``steps`` private steps; ``first_step`` counts from the start of the job."""
         self._model.train()
         for step in range(first_step, first_step + steps):
+            self._before_step()
             result = private_gradient(
                 self._engine,
                 self._cohort.patients,
@@ -94,6 +97,7 @@ class PrivateTrainer:
             ConfigurationError: the job's noise is not distributed.
         """
         self._model.train()
+        self._before_step()
         result = private_integers(
             self._engine,
             self._cohort.patients,

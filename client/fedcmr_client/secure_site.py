@@ -103,7 +103,7 @@ class SecureSite:
         job, session = question.job, question.session
         if session.job != job.sha256:
             raise ProtocolError("foreign", "the session is not of the job that came with it")
-        self.agent.require_allowed(job, session.phase, session.round)
+        self.agent.require_allowed(job, question.authorisation, session.phase, session.round)
         with self._home.sessions().locked():
             return pack_record(self._offer(job, session))
 

@@ -15,6 +15,8 @@ from fedcmr_shared.schemas.policy import SitePolicy
 
 if TYPE_CHECKING:
     from fedcmr_client.ledger import Ledger, LedgerPlace
+    from fedcmr_client.membership import Membership
+    from fedcmr_client.pauses import PauseSwitch
     from fedcmr_client.secure_sessions import SessionStore
     from fedcmr_client.store.site_store import SiteStore
 
@@ -106,6 +108,30 @@ class SiteHome:
                 "name the file in roster"
             )
         return read_roster(self.policy.roster)
+
+    @property
+    def folder(self) -> Path:
+        """The policy's folder, which holds the site's other files, too."""
+        return self.path.absolute().parent
+
+    @property
+    def membership(self) -> Membership:
+        """This site's place in its federation: the folder ``federation`` beside the policy."""
+        from fedcmr_client.membership import FOLDER, Membership
+
+        return Membership(self.folder / FOLDER)
+
+    @property
+    def run(self) -> Path:
+        """Folder of a running agent's sockets, lock and report."""
+        return self.membership.folder / "run"
+
+    @property
+    def pause(self) -> PauseSwitch:
+        """The operator's switch that makes this site wait."""
+        from fedcmr_client.pauses import PauseSwitch
+
+        return PauseSwitch(self.policy.ledger.folder / "paused.json")
 
     def sessions(self) -> SessionStore:
         """Return where this site keeps the secrets of running secure sums."""

@@ -10,9 +10,9 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fedcmr_server.links import CONNECT_TIMEOUT_S, SiteLink
+from fedcmr_server.job_run import JobRun
+from fedcmr_server.links import CONNECT_TIMEOUT_S, SiteLink, SitesMissing
 from fedcmr_server.robust import MeanUpdate
-from fedcmr_server.run_folder import RunFolder
 from fedcmr_server.secure_sums import SecureSums
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.federation.messages import (
@@ -63,7 +63,8 @@ class Totals:
 class SiteAnswers(Protocol):
     """Asks the sites to work on a task.
 
-    Both methods raise a FederationError when too few sites are connected or answer.
+    Both methods raise SitesMissing when too few sites are connected or answer, and another
+    FederationError when an answer is wrong.
     """
 
     def updates(self, task: Task) -> Updates:
@@ -73,16 +74,16 @@ class SiteAnswers(Protocol):
         """Have the sites score the model."""
 
 
-def answers_of(link: SiteLink, folder: RunFolder, job: JobSpec) -> SiteAnswers:
+def answers_of(link: SiteLink, run: JobRun, job: JobSpec) -> SiteAnswers:
     """Return how the coordinator of ``job`` gets its answers.
 
     Raises:
-        FederationError: the job aggregates securely and the run folder has no roster.
+        FederationError: the job aggregates securely and the run has no roster.
         ConfigurationError: the roster has too few sites for the job.
     """
     if job.aggregation == "plain_with_local_dp":
         return PlainAnswers(link)
-    return SecureAnswers(SecureSums(link, folder, job, folder.roster))
+    return SecureAnswers(SecureSums(link, run, job, run.roster))
 
 
 def mean_update(task: Task, opened: Opened) -> MeanUpdate:
@@ -108,7 +109,7 @@ class SecureAnswers:
 
     def updates(self, task: Task) -> Updates:
         """See :class:`SiteAnswers`."""
-        found = self.sums.collect("train", task.round, task.state)
+        found = self.sums.collect("train", task)
         means = {
             f"group {number}": mean_update(task, opened)
             for number, opened in enumerate(found.opened, start=1)
@@ -117,7 +118,7 @@ class SecureAnswers:
 
     def totals(self, task: Task) -> Totals:
         """See :class:`SiteAnswers`."""
-        found = self.sums.collect("evaluate", task.round, task.state)
+        found = self.sums.collect("evaluate", task)
         added = add_totals([opened.sums for opened in found.opened])
         return Totals(added, _survivors(found.opened), found.traffic.up, found.traffic.down)
 
@@ -197,7 +198,7 @@ def _ask(link: SiteLink, phase: Phase, task: Task, kind: type[Answer]) -> _Answe
         by_site[answer.site] = answer
         bytes_up += content_bytes(replies[node])
     if len(by_site) < max(task.job.minimum_sites, 1):
-        raise FederationError(
+        raise SitesMissing(
             f"round {task.round}: {len(by_site)} of at least {task.job.minimum_sites} sites "
             f"answered `{phase}`; refused by {', '.join(refusals) or 'none'}; see the sites' logs"
         )

@@ -21,6 +21,13 @@ _GRACE_S: Final = 60.0  # a question is void so long after its answer would be l
 _log = logging.getLogger("fedcmr.server")
 
 
+class SitesMissing(FederationError):
+    """Too few sites are connected or answer: nothing is wrong with the job, which may go on later.
+
+    What was committed stays, and sites keep their stored results.
+    """
+
+
 class SiteLink(Protocol):
     """Sends contents to sites and collects the answers."""
 
@@ -28,7 +35,7 @@ class SiteLink(Protocol):
         """Return the ids of the connected nodes, sorted.
 
         Raises:
-            FederationError: fewer than ``at_least`` are connected when the time is over.
+            SitesMissing: fewer than ``at_least`` are connected when the time is over.
         """
 
     def exchange(
@@ -60,7 +67,7 @@ class FlowerLink:
             if len(nodes) >= at_least:
                 return nodes
             if time.monotonic() > deadline:
-                raise FederationError(
+                raise SitesMissing(
                     f"{len(nodes)} of at least {at_least} sites connected within {timeout_s:g} s: "
                     "start the missing sites or lower minimum_sites in the job"
                 )

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fedcmr_server.answers import SiteAnswers, Updates, answers_of
+from fedcmr_server.checkpoint_files import Checkpoint
+from fedcmr_server.job_run import JobRun
 from fedcmr_server.links import SiteLink
 from fedcmr_server.optimisers import ServerOptimiser
 from fedcmr_server.robust import combine, euclidean_norm, require_enough, screen
-from fedcmr_server.run_folder import Checkpoint, RunFolder
 from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
@@ -26,36 +27,57 @@ from fedcmr_shared.schemas.job import JobSpec
 _log = logging.getLogger("fedcmr.server")
 
 
-def run_job(link: SiteLink, folder: RunFolder) -> Checkpoint:
+def run_job(link: SiteLink, run: JobRun) -> Checkpoint:
     """Run all rounds that are not committed yet and return the last checkpoint.
 
+    It is that of an earlier round when somebody asked the run to stop.
+
     Raises:
-        FederationError: too few sites are connected or answered; what was committed stays.
+        SitesMissing: too few sites are connected or answer; what was committed stays.
+        FederationError: an answer is wrong, or the run cannot be read or written.
         ConfigurationError: the roster has too few sites for the job.
+        ModelError: what was committed cannot be read, or a checkpoint not be written.
     """
-    job = folder.job
-    answers = answers_of(link, folder, job)
-    checkpoint = folder.latest() or _start(folder, job)
+    job = run.job
+    answers = answers_of(link, run, job)
+    checkpoint = run.latest() or _start(run, job)
     trainable = trainable_names(job.model, build_model(job.model), job.training.part)
     optimiser = ServerOptimiser(
         job.server_optimiser, {name: checkpoint.state[name] for name in trainable}
     )
     optimiser.restore(checkpoint.optimiser)
+    if not _is_evaluated(run, checkpoint.round):
+        _evaluate(answers, run, _task(run, checkpoint.round, checkpoint))
     for number in range(checkpoint.round + 1, job.rounds + 1):
-        checkpoint = _run_round(answers, folder, Task(job, number, checkpoint.state), optimiser)
+        if run.stop_requested():
+            break
+        run.begin(number)
+        checkpoint = _run_round(answers, run, _task(run, number, checkpoint), optimiser)
         if number in job.evaluated_rounds():
-            _evaluate(answers, folder, Task(job, number, checkpoint.state))
+            _evaluate(answers, run, _task(run, number, checkpoint))
     return checkpoint
 
 
-def _start(folder: RunFolder, job: JobSpec) -> Checkpoint:
+def _task(run: JobRun, number: int, checkpoint: Checkpoint) -> Task:
+    return Task(run.job, number, checkpoint.state, run.authorisation)
+
+
+def _start(run: JobRun, job: JobSpec) -> Checkpoint:
     start = Checkpoint(round=0, state=initial_state(job), optimiser={})
-    folder.commit(start)
+    run.begin(0)
+    run.commit(start)
     return start
 
 
+def _is_evaluated(run: JobRun, number: int) -> bool:
+    """Whether round ``number`` was evaluated, or is not to be: a run may end before that."""
+    return number not in run.job.evaluated_rounds() or any(
+        (event["event"], event.get("round")) == ("evaluation", number) for event in run.events()
+    )
+
+
 def _run_round(
-    answers: SiteAnswers, folder: RunFolder, task: Task, optimiser: ServerOptimiser
+    answers: SiteAnswers, run: JobRun, task: Task, optimiser: ServerOptimiser
 ) -> Checkpoint:
     started = time.monotonic()
     updates = answers.updates(task)
@@ -66,10 +88,8 @@ def _run_round(
         _log.warning("round %d: no update, the model stays", task.round)
     state = {**task.state, **{name: p.clone() for name, p in optimiser.parameters.items()}}
     checkpoint = Checkpoint(task.round, state, optimiser.state())
-    folder.commit(checkpoint)
-    folder.record(
-        "round",
-        round=task.round,
+    run.commit(
+        checkpoint,
         sites=updates.sites,
         closed=not updates.by_source,
         left_out=len(left_out),
@@ -94,10 +114,10 @@ def _combined(job: JobSpec, updates: Updates) -> tuple[dict[str, Tensor], tuple[
     return (combine(job.robust, kept) if kept else {}), left_out
 
 
-def _evaluate(answers: SiteAnswers, folder: RunFolder, task: Task) -> None:
+def _evaluate(answers: SiteAnswers, run: JobRun, task: Task) -> None:
     started = time.monotonic()
     found = answers.totals(task)
-    folder.record(
+    run.record(
         "evaluation",
         round=task.round,
         sites=found.sites,

@@ -5,10 +5,9 @@
     job.json                       the job as published
     roster.yaml                    the sites of a job that aggregates securely
     metrics.jsonl                  one event a line, on disk when it has happened
-    checkpoints/round-000.safetensors            bundle with the model after round 0, 1, …
-    checkpoints/round-000.optimiser.safetensors  server optimiser state after that round
+    checkpoints/                   see :mod:`fedcmr_server.checkpoint_files`
 
-A round is committed when its bundle exists: the optimiser state is written before it.
+A round is committed when its bundle exists.
 """
 
 from __future__ import annotations
@@ -16,34 +15,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedcmr_server.checkpoint_files import Checkpoint, CheckpointFiles
 from fedcmr_shared.errors import ConfigurationError, FederationError
 from fedcmr_shared.identity.roster import Roster, read_roster, roster_text
-from fedcmr_shared.models.bundle import load_bundle, save_bundle
 from fedcmr_shared.schemas.job import JobSpec
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Model and server optimiser after ``round`` rounds."""
-
-    round: int
-    state: Mapping[str, Tensor]
-    optimiser: Mapping[str, Tensor]
+__all__ = ["Checkpoint", "RunFolder"]
 
 
 class RunFolder:
-    """Reads and writes a run folder; see the module for its layout."""
+    """Reads and writes a run folder; see the module for its layout.
+
+    It is the :class:`fedcmr_server.job_run.JobRun` of a simulation: nobody stops that one, and its
+    sites do not ask for signatures.
+    """
+
+    authorisation = None
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._files = CheckpointFiles(root / "checkpoints")
 
     @classmethod
     def create(
@@ -109,7 +106,7 @@ class RunFolder:
 
         The event is on disk once this returns.
         """
-        with (self.root / "metrics.jsonl").open("ab+") as stream:
+        with Path(self.journal).open("ab+") as stream:
             _cut_partial_line(stream)
             stream.write(json.dumps({"event": event, **values}).encode() + b"\n")
             stream.flush()
@@ -117,41 +114,42 @@ class RunFolder:
 
     def events(self) -> list[dict[str, Any]]:
         """All complete events so far; a last line cut off by a crash is left out."""
-        path = self.root / "metrics.jsonl"
+        path = Path(self.journal)
         if not path.exists():
             return []
         lines = path.read_text().split("\n")
         return [json.loads(line) for line in lines[:-1]]
 
-    def commit(self, checkpoint: Checkpoint) -> Path:
-        """Store ``checkpoint`` and return the path of its bundle."""
-        path = self.bundle_path(checkpoint.round)
-        optimiser_path = path.with_suffix(".optimiser.safetensors")
-        partial = optimiser_path.with_suffix(".partial")
-        save_file(dict(checkpoint.optimiser), partial)
-        os.replace(partial, optimiser_path)
-        save_bundle(path, dict(checkpoint.state), self.job.model, {"round": str(checkpoint.round)})
-        return path
+    @property
+    def journal(self) -> str:
+        """Where the events can be read."""
+        return str(self.root / "metrics.jsonl")
+
+    def begin(self, number: int) -> None:
+        """Nothing to note: a round is there when its bundle is."""
+
+    def commit(self, checkpoint: Checkpoint, **figures: Any) -> None:
+        """Store ``checkpoint``; with ``figures`` these become its event ``round``."""
+        self._files.save(checkpoint, self.job.model)
+        if figures:
+            self.record("round", round=checkpoint.round, **figures)
 
     def bundle_path(self, round_number: int) -> Path:
         """Where the bundle of a round lies."""
-        return self.root / "checkpoints" / f"round-{round_number:03d}.safetensors"
+        return self._files.path(round_number)
 
     def latest(self) -> Checkpoint | None:
-        """The last committed round, or None before the first."""
-        bundles = sorted(
-            path
-            for path in (self.root / "checkpoints").glob("round-*.safetensors")
-            if not path.name.endswith(".optimiser.safetensors")
-        )
-        if not bundles:
-            return None
-        bundle = load_bundle(bundles[-1])
-        return Checkpoint(
-            round=int(bundle.extra["round"]),
-            state=bundle.model.state_dict(),
-            optimiser=load_file(bundles[-1].with_suffix(".optimiser.safetensors")),
-        )
+        """The last committed round, or None before the first.
+
+        Raises:
+            ModelError: its files are damaged.
+        """
+        newest = self._files.newest()
+        return None if newest is None else self._files.load(newest)
+
+    def stop_requested(self) -> bool:
+        """Nobody stops a simulation between rounds."""
+        return False
 
 
 def _cut_partial_line(stream: IO[bytes]) -> None:

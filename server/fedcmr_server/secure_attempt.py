@@ -31,6 +31,7 @@ from fedcmr_shared.federation.secure_messages import (
     read_vector,
 )
 from fedcmr_shared.identity.roster import Roster
+from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.refusals import REFUSAL_CODES
 from fedcmr_shared.secagg.faults import ProtocolError
@@ -144,11 +145,14 @@ class Attempt:
         found = [loss for one in self.sums for loss in one.aggregation.losses.values()]
         return sorted([*found, *self._strangers.values()], key=lambda loss: loss.site)
 
-    def keys(self, nodes: Sequence[int], ahead: KeysAhead, model_sha256: str) -> None:
-        """Collect fresh keys from ``nodes``, except where they came ahead."""
+    def keys(self, nodes: Sequence[int], ahead: KeysAhead, task: Task) -> None:
+        """Collect fresh keys for ``task`` from ``nodes``, except where they came ahead."""
+        model_sha256 = state_sha256(task.state)
         came = ahead.by_node if ahead.session == self.session else {}
         found = {node: came[node] for node in nodes if node in came}
-        question = pack_record(KeysQuestion(session=self.session, job=self._job))
+        question = pack_record(
+            KeysQuestion(session=self.session, job=task.job, authorisation=task.authorisation)
+        )
         for node, content in self._exchange(
             "keys", {node: question for node in nodes if node not in found}
         ):

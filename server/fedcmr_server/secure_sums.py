@@ -8,7 +8,7 @@ What follows an attempt of too few sites depends on whether unmasking shares wer
   is *closed* without an update, for the sites have spent its privacy.
 
 With `secure_groups` the sums of all groups go through the steps together, and a group of too few
-sites is left out as long as enough groups remain. Events in the run folder:
+sites is left out as long as enough groups remain. Events:
 
 =================== ================================================================
 ``attempt_started``  before the first question; its number is never used again
@@ -25,15 +25,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from torch import Tensor
-
-from fedcmr_server.links import CONNECT_TIMEOUT_S, SiteLink
-from fedcmr_server.run_folder import RunFolder
+from fedcmr_server.job_run import JobRun
+from fedcmr_server.job_states import attempts_at
+from fedcmr_server.links import CONNECT_TIMEOUT_S, SiteLink, SitesMissing
 from fedcmr_server.secure_attempt import Attempt, AttemptOver, Bounds, KeysAhead, Traffic
-from fedcmr_shared.errors import ConfigurationError, FederationError
+from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.identity.roster import Roster
-from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
 from fedcmr_shared.secagg.layout import groups
@@ -60,23 +58,23 @@ class SecureSums:
         ConfigurationError: the roster has too few sites for the job.
     """
 
-    def __init__(self, link: SiteLink, folder: RunFolder, job: JobSpec, roster: Roster) -> None:
+    def __init__(self, link: SiteLink, run: JobRun, job: JobSpec, roster: Roster) -> None:
         self._link = link
-        self._folder = folder
+        self._run = run
         self._job = job
         self._roster = roster
         self._groups = groups(job, roster)
         self._bounds = _bounds(job, roster, self._groups)
         self._ahead = KeysAhead()
 
-    def collect(self, phase: Phase, number: int, state: Mapping[str, Tensor]) -> Collected:
-        """Open the sums of ``phase`` of round ``number``, in which sites work on model ``state``.
+    def collect(self, phase: Phase, task: Task) -> Collected:
+        """Open the sums of ``phase`` of a task's round.
 
         Raises:
-            FederationError: too few sites are connected, or no attempt got as far as the unmasking
+            SitesMissing: too few sites are connected, or no attempt got as far as the unmasking
                 shares. Nothing is lost then: the sites keep their stored results.
         """
-        traffic = Traffic()
+        number, traffic = task.round, Traffic()
         before = self._recorded(phase, number)
         if any(event["event"] == "unmask_asked" for event in before):
             self._close_after_restart(before[-1])
@@ -85,69 +83,64 @@ class SecureSums:
         reason: AttemptOver | None = None
         for attempt in range(last + 1, last + 1 + self._job.secure.attempts):
             session = Session(job=self._job.sha256, phase=phase, round=number, attempt=attempt)
-            run = Attempt(self._link, self._job, session, self._groups, self._bounds)
-            outcome, reason = self._run(run, Task(self._job, number, state))
-            traffic.add(run.traffic)
+            sums = Attempt(self._link, self._job, session, self._groups, self._bounds)
+            outcome, reason = self._try(sums, task)
+            traffic.add(sums.traffic)
             if outcome != "ended":
-                opened = run.opened if outcome == "opened" else ()
+                opened = sums.opened if outcome == "opened" else ()
                 return Collected(opened, traffic)
-        raise FederationError(
+        raise SitesMissing(
             f"round {number} ({phase}): {self._job.secure.attempts} attempts to open the sum "
-            f"ended, the last one because {reason}. See {self._folder.root / 'metrics.jsonl'}, "
+            f"ended, the last one because {reason}. See {self._run.journal}, "
             "start the missing sites and run the job again: sites send their stored results"
         )
 
-    def _run(self, run: Attempt, task: Task) -> tuple[AttemptOutcome, AttemptOver | None]:
+    def _try(self, sums: Attempt, task: Task) -> tuple[AttemptOutcome, AttemptOver | None]:
         nodes = self._link.connected(self._bounds.sites, CONNECT_TIMEOUT_S)
-        place = run.session.model_dump(exclude={"job"})
-        self._folder.record("attempt_started", **place)
+        place = sums.session.model_dump(exclude={"job"})
+        self._run.record("attempt_started", **place)
         started = time.monotonic()
         outcome: AttemptOutcome = "ended"
         reason = None
         try:
-            run.keys(nodes, self._ahead, state_sha256(task.state))
-            run.shares()
-            run.vectors(task)
-            run.confirm()
-            self._folder.record("unmask_asked", **place)
+            sums.keys(nodes, self._ahead, task)
+            sums.shares()
+            sums.vectors(task)
+            sums.confirm()
+            self._run.record("unmask_asked", **place)
             outcome = "closed"
-            run.open()
+            sums.open()
             outcome = "opened"
         except AttemptOver as error:
             reason = error
-            _log.warning("%s %s: %s", run.session, outcome, error)
-        self._ahead = run.ahead
-        self._folder.record(
+            _log.warning("%s %s: %s", sums.session, outcome, error)
+        self._ahead = sums.ahead
+        self._run.record(
             "attempt",
             **place,
             outcome=outcome,
-            step=run.step,
+            step=sums.step,
             reason=None if reason is None else str(reason),
-            survivors=sorted(site for each in run.opened for site in each.survivors),
-            losses=[asdict(loss) for loss in run.losses],
+            survivors=sorted(site for each in sums.opened for site in each.survivors),
+            losses=[asdict(loss) for loss in sums.losses],
             seconds=time.monotonic() - started,
-            bytes_up=run.traffic.up,
-            bytes_down=run.traffic.down,
-            exchanges=run.traffic.exchanges,
+            bytes_up=sums.traffic.up,
+            bytes_down=sums.traffic.down,
+            exchanges=sums.traffic.exchanges,
             **self._sizes(),
         )
         return outcome, reason
 
-    def _recorded(self, phase: Phase, number: int) -> list[dict[str, Any]]:
-        """Return what the run folder holds about attempts at this round."""
-        names = ("attempt_started", "unmask_asked", "attempt")
-        return [
-            event
-            for event in self._folder.events()
-            if event["event"] in names and (event["phase"], event["round"]) == (phase, number)
-        ]
+    def _recorded(self, phase: Phase, number: int) -> list[Mapping[str, Any]]:
+        """Return what was recorded about attempts at this round."""
+        return attempts_at(self._run.events(), phase, number)
 
-    def _close_after_restart(self, newest: dict[str, Any]) -> None:
+    def _close_after_restart(self, newest: Mapping[str, Any]) -> None:
         """Record the end of a round whose shares a stopped coordinator had asked for."""
         _log.warning("round %d: the sum was asked for before a restart", newest["round"])
         if newest["event"] == "attempt":
             return
-        self._folder.record(
+        self._run.record(
             "attempt",
             **{name: newest[name] for name in ("phase", "round", "attempt")},
             outcome="closed",

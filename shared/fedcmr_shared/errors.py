@@ -8,6 +8,7 @@
     │   └── AlreadyImported   the store holds these samples already
     ├── ModelError         a model, bundle or text encoder is wrong
     ├── FederationError    a run, round or message is wrong
+    ├── ConnectionProblem  the coordinator cannot be reached, or not safely; carries a kind
     ├── LedgerError        a ledger, checkpoint, proof or evidence cannot be trusted
     └── JobRefused         a site's policy or budget does not allow a job; carries a public code
 
@@ -16,10 +17,27 @@ Each message names the file, field or setting and says what to do about it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from fedcmr_shared.schemas.refusals import RefusalCode
+
+ProblemKind = Literal[
+    "name-unknown",
+    "refused",
+    "timed-out",
+    "unreachable",
+    "proxy-unreachable",
+    "proxy-refused",
+    "proxy-credentials",
+    "inspected",
+    "wrong-host",
+    "server-dates",
+    "own-certificate",
+    "rejected",
+    "tls",
+]
+"""What stands between a member and the coordinator; ``inspected``: someone reads along."""
 
 
 class FedcmrError(Exception):
@@ -44,6 +62,14 @@ class ModelError(FedcmrError):
 
 class FederationError(FedcmrError):
     """A run, round or message cannot be used."""
+
+
+class ConnectionProblem(FedcmrError):
+    """The coordinator cannot be reached, or not safely; ``kind`` says why in one word."""
+
+    def __init__(self, kind: ProblemKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class LedgerError(FedcmrError):

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedcmr_client.store.site_store import SiteStore
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_shared.errors import JobRefused
 from fedcmr_shared.federation.messages import Task
+from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.privacy import evaluation as evaluation_module
@@ -34,6 +35,7 @@ from fedcmr_shared.schemas.job import (
 )
 from fedcmr_shared.schemas.ledger import Admitted, Closed, Refused, Started, Stored
 from fedcmr_shared.schemas.privacy import EvaluationSpec, PrivacySpec
+from fedcmr_shared.schemas.signed_job import JobAuthorisation
 
 PRIVACY = PrivacySpec(
     cohort_size=10,
@@ -231,6 +233,28 @@ def test_a_round_that_the_job_does_not_have_is_refused(
     with pytest.raises(JobRefused) as refusal:
         getattr(site, phase)(make_task(number=number))
     assert refusal.value.code == "malformed"
+
+
+def test_a_site_that_joined_works_for_signed_jobs_alone(
+    make_home: Callable[..., SiteHome], tmp_path: Path
+) -> None:
+    """Also not for one that was signed and then weakened; the refusal goes into the ledger."""
+    home, key = make_home(), SiteKey.create(tmp_path / "coordinator.pem")
+    federation = "f0" * 32
+    now = datetime.now(UTC)
+    site = SiteAgent(home, pinned=(federation, key.public_key))
+    period = (now - timedelta(hours=1), now + timedelta(hours=1))
+    signed = JobAuthorisation.sign(JOB, federation, period, key)
+    task = make_task()
+    weaker = JOB.model_copy(update={"rounds": 1})
+    for job, authorisation in ((JOB, None), (weaker, signed)):
+        with pytest.raises(JobRefused) as refusal:
+            site.train(Task(job, 1, task.state, authorisation))
+        assert refusal.value.code == "signature"
+    assert kinds(home) == ["refused", "refused"]
+    # The way through Flower's message keeps the signature.
+    answer = site.train(Task.unpack(Task(JOB, 1, task.state, signed).pack()))
+    assert answer.round == 1
 
 
 @pytest.mark.parametrize("engine", ["hooks", "functorch"])

@@ -3,8 +3,6 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ import torch
 from fedcmr_client.dataset import load_image
 from fedcmr_client.private_round import train_round
 from fedcmr_client.private_trainer import PrivateTrainer, gradient_engine
+from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.trainer import ReconstructionLoss, draw_sampling
 from fedcmr_shared.errors import ConfigurationError
@@ -139,12 +138,14 @@ def test_distributed_noise_gives_integers_of_one_share_and_moves_nothing(
 
 
 def test_a_round_with_distributed_noise_returns_the_integers_of_the_drawn(
-    records: list[ScanRecord], monkeypatch: pytest.MonkeyPatch
+    make_home: Callable[..., SiteHome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "discrete_gaussian", lambda n, _: np.zeros(n, np.int64))
     job = shared_noise_job(sampling_rate=1.0, clip_norm=1e-6)
     model = make_model(job)
-    home: Any = SimpleNamespace(policy=SimpleNamespace(device="cpu", site="north"))
+    home = make_home()
+    with home.open_store() as store:
+        records = store.scans("train")
     sums = train_round(Task(job, 1, model.state_dict()), model, records, home)
     patients = len({record.patient for record in records})
     values = torch.cat([tensor.flatten() for tensor in sums.values()])

@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from release_parts import make_card, write_model
 from safetensors.torch import save_file
 
 from fedcmr_client import image_export
@@ -22,11 +23,13 @@ from fedcmr_client.store.scan_file import ScanFile, ScanSource, write_scan
 from fedcmr_client.store.site_store import SiteStore
 from fedcmr_shared.cli import main
 from fedcmr_shared.errors import ConfigurationError, DataError, ModelError
+from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.kspace.coils import remove_readout_oversampling, rss
 from fedcmr_shared.kspace.fourier import ifft2c
 from fedcmr_shared.kspace.masks import Sampling, make_mask, realised_acceleration
 from fedcmr_shared.models.bundle import Bundle, load_bundle, save_bundle
 from fedcmr_shared.models.registry import build_model
+from fedcmr_shared.models.release import ReleaseBundle
 from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
 from fedcmr_shared.schemas.job import ModelSpec
 from fedcmr_shared.text.encoders import HashedEncoder
@@ -481,6 +484,28 @@ class TestCommand:
         assert code == 1
         assert err.startswith(f"error: {scan}: there is no such scan file")
         assert not (tmp_path / "out").exists()
+
+    def test_a_release_gives_the_images_of_its_bundle(
+        self, scan_path: Path, tmp_path: Path, capsys: Any
+    ) -> None:
+        key = SiteKey.create(tmp_path / "identity.pem")
+        digest = write_model(tmp_path / "model.safetensors")
+        release = tmp_path / "heart.zip"
+        ReleaseBundle.write(release, tmp_path / "model.safetensors", make_card(key, digest), key)
+        trust = ("--trust", key.public_key)
+        arguments = (scan_path, "--model", release, *OPTIONS)
+        code, text, _ = run(capsys, *arguments, "--out", tmp_path / "out", *trust, "--json")
+        assert code == 0
+        assert json.loads(text)["model_sha256"] == digest
+        for model, trusted, reason in (
+            (release, "ab" * 32, "another coordinator, or forged"),
+            (tmp_path / "model.safetensors", key.public_key, "only releases are signed"),
+        ):
+            out = ("--out", tmp_path / "refused", "--trust", trusted)
+            code, _, err = run(capsys, scan_path, "--model", model, *OPTIONS, *out)
+            assert code == 1
+            assert reason in err
+        assert not (tmp_path / "refused").exists()
 
     def test_missing_bundle(self, scan_path: Path, tmp_path: Path, capsys: Any) -> None:
         model = tmp_path / "none.safetensors"

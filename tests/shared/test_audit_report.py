@@ -98,7 +98,7 @@ def test_verify_prints_steps_figures_claims_and_assumptions(
 ) -> None:
     code, out, _ = run(capsys, "verify", bundle[0], "--trust", bundle[1])
     assert code == 0
-    assert len(re.findall(r"^ *\d+ pass ", out, re.MULTILINE)) == 10
+    assert len(re.findall(r"^ *\d+ pass ", out, re.MULTILINE)) == 11
     for words in ("first", "Assumed, not checked", "filter: valid", "no ε covers them", "zero-out"):
         assert words in out
     assert re.search(r"train +│ 1 +│ 2 +│ 3 +│ east, north, south", out)
@@ -110,7 +110,7 @@ def test_verify_gives_the_same_as_json(
     code, out, _ = run(capsys, "verify", bundle[0], "--trust", bundle[1], "--json")
     assert code == 0
     result = json.loads(out)
-    assert [step["passed"] for step in result["steps"]] == [True] * 10
+    assert [step["passed"] for step in result["steps"]] == [True] * 11
     assert [(job["name"], job["outcome"]) for job in result["jobs"]] == [
         ("first", "finished"),
         ("second", "open"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.federation.messages import (
@@ -29,8 +29,27 @@ def test_task_round_trip() -> None:
 
 def test_a_swapped_model_is_noticed() -> None:
     content = TASK.pack()
-    content["arrays"] = ArrayRecord({**STATE, "c": torch.tensor(2.6)})
+    content["arrays"] = Task(TASK.job, 3, {**STATE, "c": torch.tensor(2.6)}).pack()["arrays"]
     with pytest.raises(FederationError, match="SHA-256"):
+        Task.unpack(content)
+
+
+def test_a_model_travels_as_one_array() -> None:
+    """Flower fetches each array by a request of its own."""
+    assert len(TASK.pack().array_records["arrays"]) == 1
+
+
+@pytest.mark.parametrize("form", ["truncated", "tensors", "foreign"])
+def test_arrays_of_another_form_are_refused(form: str) -> None:
+    content = TASK.pack()
+    array = content.array_records["arrays"]["arrays"]
+    wrong = {
+        "truncated": Array(array.dtype, array.shape, array.stype, array.data[:-1]),
+        "tensors": Array(STATE["b"].numpy()),
+        "foreign": Array(array.dtype, array.shape, "pickle", array.data),
+    }
+    content["arrays"] = ArrayRecord({"arrays": wrong[form]})
+    with pytest.raises(FederationError, match="arrays"):
         Task.unpack(content)
 
 

@@ -24,9 +24,9 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(out)
 
 
-def test_the_client_adds_reconstruct() -> None:
+def test_the_packages_add_their_commands() -> None:
     commands = models.list_commands(click.Context(models))
-    assert commands == ["list", "reconstruct", "show"]
+    assert commands == ["list", "reconstruct", "release", "show", "verify"]
 
 
 def test_list_counts_every_size(capsys: pytest.CaptureFixture[str]) -> None:

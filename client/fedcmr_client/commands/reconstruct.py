@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedcmr_client.image_export import ImageSeries
     from fedcmr_client.store.scan_file import ScanFile
     from fedcmr_shared.kspace.masks import Sampling
+    from fedcmr_shared.models.bundle import Bundle
 
 _PSEUDONYM = re.compile(r"p-[a-z2-7]{26}")
 _SHOWN = (
@@ -32,9 +33,8 @@ _SHOWN = (
 
 @click.command()
 @click.argument("scan", type=click.Path(path_type=Path))
-@click.option(
-    "--model", required=True, type=click.Path(path_type=Path), help="Bundle of a trained network."
-)
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Bundle or release.")
+@click.option("--trust", metavar="KEY", help="Public key of the coordinator who released it.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder.")
 @click.option("--pattern", type=click.Choice(get_args(Pattern)), default="uniform")
 @click.option("--acceleration", type=float, default=8.0, help="Nominal factor, without ACS lines.")
@@ -46,6 +46,7 @@ _SHOWN = (
 def reconstruct(
     scan: Path,
     model: Path,
+    trust: str | None,
     out: Path,
     pattern: Pattern,
     acceleration: float,
@@ -63,11 +64,12 @@ def reconstruct(
     from fedcmr_client.image_export import check_free, export_images
     from fedcmr_client.store.scan_file import ScanFile
     from fedcmr_shared.kspace.masks import Sampling
+    from fedcmr_shared.models.release import load_model
 
     check_free(out)
     sampling = Sampling(pattern, acceleration, acs_lines)
     with ScanFile(scan) as file:
-        series = _reconstruct(file, model, sampling, seed, text_folder, device)
+        series = _reconstruct(file, load_model(model, trust), sampling, seed, text_folder, device)
     files = export_images(out, series)
     summary = {**series.provenance, "scan": scan, "model": model, "out": out, "files": len(files)}
     if as_json:
@@ -79,7 +81,7 @@ def reconstruct(
 
 def _reconstruct(
     file: ScanFile,
-    model: Path,
+    bundle: Bundle,
     sampling: Sampling,
     seed: int,
     text_folder: Path | None,
@@ -87,10 +89,8 @@ def _reconstruct(
 ) -> ImageSeries:
     from fedcmr_client.image_export import ImageSeries
     from fedcmr_client.reconstruction import reconstruct_scan
-    from fedcmr_shared.models.bundle import load_bundle
     from fedcmr_shared.text.encoders import load_text_encoder
 
-    bundle = load_bundle(model)
     encoder = load_text_encoder(bundle.spec.text_encoder, text_folder)
     with _progress(file.metadata.frames * file.metadata.slices) as on_image:
         result = reconstruct_scan(

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from fedcmr_client.commands.policy_option import policy_option
 from fedcmr_client.commands.site_check import SHOWN, check
+from fedcmr_client.commands.site_join import (
+    explain_request,
+    join,
+    leave,
+    make_request,
+    renew,
+    request,
+)
 from fedcmr_client.commands.site_plan import plan
 from fedcmr_client.commands.site_roster import roster
+from fedcmr_client.commands.site_service import check_connection, jobs, pause, resume, start
+from fedcmr_client.commands.site_status import budget, open_site, status, trust_line
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError
 
 if TYPE_CHECKING:
-    from fedcmr_client.ledger import Ledger, Spending
+    from fedcmr_client.ledger import Ledger
     from fedcmr_client.site_home import SiteHome
-    from fedcmr_shared.schemas.policy import SitePolicy
 
 
 @click.group()
@@ -26,9 +35,12 @@ def site() -> None:
     """Decide what jobs may do at this site, and see what they have spent."""
 
 
-site.add_command(plan)
-site.add_command(check)
-site.add_command(roster)
+for _command in (
+    *(plan, check, status, budget, jobs),
+    *(request, join, roster, renew, leave),
+    *(start, check_connection, pause, resume),
+):
+    site.add_command(_command)
 
 
 @site.command()
@@ -68,7 +80,8 @@ def init(
     """Write FOLDER/policy.yaml, with every field explained, and make the privacy ledger.
 
     The budget is fixed from here on. Nobody is allowed until the policy names a coordinator, a job
-    and a model.
+    and a model. Beside it lie agent.yaml, how the agent runs here, and the folder federation with
+    the site's keys and its request to join one.
     """
     from fedcmr_client.policy import order_of, parse_policy
     from fedcmr_client.site_home import SiteHome
@@ -93,47 +106,15 @@ def init(
     _write_home(home)
     with home.open_ledger() as ledger:
         key = ledger.public_key
+    asked, request_path = make_request(home), home.membership.request_path
     if as_json:
-        print_json({"policy": str(path), "site": name, "public_key": key, "order": budget.order})
+        made = {"policy": str(path), "site": name, "public_key": key, "order": budget.order}
+        print_json({**made, "request": str(request_path), "fingerprint": asked.fingerprint})
         return
     click.echo(f"{path} says what jobs may do here: read it, then name who and what you allow")
-    click.echo(f"give this line to your auditors: {_trust_line(name, key)}")
-
-
-@site.command()
-@policy_option
-@json_option
-def status(policy_path: Path, as_json: bool) -> None:
-    """Show what the patient with the most charges has spent, and every job."""
-    home, ledger = _open(policy_path)
-    with ledger:
-        spending, head, key = ledger.spending(), ledger.head(), ledger.public_key
-    figures = spending.figures
-    if as_json:
-        print_json(
-            {
-                "site": home.policy.site,
-                "public_key": key,
-                "policy_sha256": home.policy.sha256,
-                "entries": head.size,
-                "budget": _budget_json(spending),
-                "fixed_in_advance_epsilon": figures.pld_epsilon,
-                "jobs": [_job_json(job) for job in spending.jobs],
-            }
-        )
-        return
-    _print_budget(home.policy, spending)
-    pld = figures.pld_epsilon
-    click.echo(
-        "had all jobs been fixed in advance: no figure, as noise was distributed"
-        if pld is None
-        else f"had all jobs been fixed in advance: epsilon {pld:.4g} spent and reserved, by "
-        "privacy loss distributions"
-    )
-    if spending.jobs:
-        columns = ("job", "name", "model", "state", "train", "evaluate", "epsilon", "unnoised")
-        print_table("Jobs (starts done / still reserved)", _job_rows(spending), columns)
-    click.echo(f"{head.size} entries, signed by {_trust_line(home.policy.site, key)}")
+    click.echo(f"give this line to your auditors: {trust_line(name, key)}")
+    click.echo("to join a federation:")
+    explain_request(request_path, asked)
 
 
 @site.command()
@@ -149,7 +130,7 @@ def checkpoint(out: Path | None, policy_path: Path, as_json: bool) -> None:
     """
     from datetime import UTC, datetime
 
-    _, ledger = _open(policy_path)
+    _, ledger = open_site(policy_path)
     with ledger:
         newest = ledger.checkpoint()
     if out is not None:
@@ -173,7 +154,7 @@ def backup(target: Path, policy_path: Path, as_json: bool) -> None:
     The copy holds the site's private key. It is good until the ledger grows: back up after each
     job, and never together with the second place.
     """
-    _, ledger = _open(policy_path)
+    _, ledger = open_site(policy_path)
     with ledger:
         ledger.backup(target)
         entries = ledger.head().size
@@ -221,7 +202,7 @@ def move_log(database_url: str, policy_path: Path, as_json: bool) -> None:
 
     from fedcmr_client.ledger.moving import copy_log
 
-    _, ledger = _open(policy_path)
+    _, ledger = open_site(policy_path)
     with ledger:
         entries = copy_log(ledger.place, replace(ledger.place, database_url=database_url))
     if as_json:
@@ -243,7 +224,7 @@ def set_clock(policy_path: Path, as_json: bool) -> None:
     """
     from datetime import UTC, datetime
 
-    _, ledger = _open(policy_path)
+    _, ledger = open_site(policy_path)
     with ledger:
         ledger.set_clock()
         time = datetime.fromtimestamp(ledger.budget.clock / 1000, UTC)
@@ -263,7 +244,7 @@ def cancel(job: str, policy_path: Path, as_json: bool) -> None:
 
     What was started stays spent. The job cannot be admitted again.
     """
-    _, ledger = _open(policy_path)
+    _, ledger = open_site(policy_path)
     with ledger:
         found = _find_job(ledger, job)
         state = ledger.budget.jobs[found]
@@ -295,12 +276,12 @@ def export_evidence(out: Path, job: str | None, policy_path: Path, as_json: bool
     """
     from fedcmr_client.evidence import build
 
-    home, ledger = _open(policy_path)
+    home, ledger = open_site(policy_path)
     with ledger:
         found = None if job is None else _find_job(ledger, job)
         evidence = build(ledger, found)
     evidence.write(out)
-    key = _trust_line(home.policy.site, evidence.public_key)
+    key = trust_line(home.policy.site, evidence.public_key)
     if as_json:
         summary = {"scope": evidence.scope, "job": found, "leaves": len(evidence.leaves)}
         print_json({"bundle": str(out), "public_key": evidence.public_key, **summary})
@@ -308,15 +289,9 @@ def export_evidence(out: Path, job: str | None, policy_path: Path, as_json: bool
         click.echo(f"{out} holds {len(evidence.leaves)} leaves; auditors trust it by {key}")
 
 
-def _open(policy_path: Path) -> tuple[SiteHome, Ledger]:
-    from fedcmr_client.site_home import SiteHome
-
-    home = SiteHome.open(policy_path)
-    return home, home.open_ledger()
-
-
 def _write_home(home: SiteHome) -> None:
-    """Write the policy file, then make the ledger; neither is left alone."""
+    """Write the policy and the agent's settings, then make the ledger; none is left alone."""
+    from fedcmr_client import agent_settings
     from fedcmr_client.policy import policy_text
 
     try:
@@ -326,6 +301,13 @@ def _write_home(home: SiteHome) -> None:
     with ExitStack() as undo:
         _write_new(home.path, policy_text(home.policy))
         undo.callback(home.path.unlink)
+        if home.membership.state != "absent":
+            folder = home.membership.folder
+            raise ConfigurationError(f"{folder} is of another site: move it away")
+        settings = home.folder / agent_settings.FILE
+        if not settings.exists():
+            _write_new(settings, agent_settings.AgentSettings().text())
+            undo.callback(settings.unlink)
         home.create_ledger().close()
         undo.pop_all()
 
@@ -346,56 +328,3 @@ def _find_job(ledger: Ledger, name: str) -> str:
         return found[0]
     reason = "the ledger admitted no job of that name" if not found else "that fits several jobs"
     raise LedgerError(f"job {name}: {reason}: see `fedcmr site status --json`")
-
-
-def _budget_json(spending: Spending) -> dict[str, Any]:
-    names = ("epsilon", "delta", "order", "spent_epsilon", "committed_epsilon")
-    left = max(0.0, spending.limit_rdp - spending.committed_rdp)
-    return {
-        **{name: getattr(spending, name) for name in names},
-        "spent_share": spending.spent_rdp / spending.limit_rdp,
-        "reserved_share": (spending.committed_rdp - spending.spent_rdp) / spending.limit_rdp,
-        "left_share": left / spending.limit_rdp,
-    }
-
-
-def _print_budget(policy: SitePolicy, spending: Spending) -> None:
-    budget = _budget_json(spending)
-    rows = [
-        {"what": "spent", "share": budget["spent_share"], "epsilon": spending.spent_epsilon},
-        {"what": "reserved", "share": budget["reserved_share"]},
-        {
-            "what": "spent and reserved",
-            "share": 1 - budget["left_share"],
-            "epsilon": spending.committed_epsilon,
-        },
-        {"what": "left", "share": budget["left_share"]},
-        {"what": "budget", "share": 1.0, "epsilon": spending.epsilon},
-    ]
-    shown = [{**row, "share": f"{row['share']:.1%}"} for row in rows]
-    title = f"{policy.site}: the patient with the most charges, delta {spending.delta:g}"
-    # Shares add up; epsilon does not, since its first part pays for delta.
-    print_table(title, shown, ("what", "share", "epsilon"))
-
-
-def _job_json(job: Any) -> dict[str, Any]:
-    return {**vars(job), "started": dict(job.started), "left": dict(job.left)}
-
-
-def _job_rows(spending: Spending) -> list[dict[str, object]]:
-    return [
-        {
-            "job": job.job[:SHOWN],
-            "name": job.name,
-            "model": job.model,
-            "state": job.outcome or "open",
-            **{phase: f"{count} / {job.left[phase]}" for phase, count in job.started.items()},
-            "epsilon": job.epsilon,
-            "unnoised": ", ".join(job.without_noise) or None,
-        }
-        for job in spending.jobs
-    ]
-
-
-def _trust_line(site: str, key: str) -> str:
-    return f'{site} = "{key}"'

@@ -7,7 +7,7 @@ budget is replayed from the entries and every figure is computed again.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Final
 from pydantic import TypeAdapter, ValidationError
 
 from fedcmr_shared.audit.account import Account, account
+from fedcmr_shared.audit.cosignature import verify_cosignature
 from fedcmr_shared.audit.evidence import Evidence
 from fedcmr_shared.errors import ConfigurationError, LedgerError
 from fedcmr_shared.identity.keys import verify_signature
@@ -24,6 +25,7 @@ from fedcmr_shared.privacy.budget import Budget
 from fedcmr_shared.privacy.merkle import MerkleTree, verify_consistency, verify_inclusion
 from fedcmr_shared.schemas.ledger import (
     Admitted,
+    Checkpoint,
     ClockSet,
     Closed,
     Entry,
@@ -47,16 +49,29 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Cosigner:
+    """Another trusted site that cosigned the log; None: it cosigned nothing in the bundle.
+
+    ``size`` is that of the largest checkpoint with its cosignature.
+    """
+
+    site: str
+    size: int | None
+
+
+@dataclass(frozen=True)
 class Findings:
     """Result of `verify`. ``account`` is None unless every step passed.
 
-    ``complete`` says whether the bundle shows all entries of its scope up to a definite end.
+    ``complete`` says whether the bundle shows all entries of its scope up to a definite end;
+    ``cosigners`` are all other trusted sites, by name.
     """
 
     evidence: Evidence
     steps: tuple[Step, ...]
     complete: bool
     account: Account | None
+    cosigners: tuple[Cosigner, ...] = ()
 
     @property
     def failed(self) -> Step | None:
@@ -120,8 +135,26 @@ def verify(evidence: Evidence, trusted: Mapping[str, str]) -> Findings:
             steps.append(Step(number, name, False, text))
     passed = all(step.passed for step in steps)
     return Findings(
-        evidence, tuple(steps), passed and subject.complete, subject.account if passed else None
+        evidence,
+        tuple(steps),
+        passed and subject.complete,
+        subject.account if passed else None,
+        subject.cosigners if passed else (),
     )
+
+
+def verify_origin(evidence: Evidence, trusted: Mapping[str, str]) -> None:
+    """Run the first steps of `verify` alone, which are cheap: format, trust and signatures.
+
+    Raises:
+        LedgerError: one failed; the message names it.
+    """
+    subject = _Subject(evidence, trusted)
+    for number, (name, check) in enumerate(_CHECKS[:3], start=1):
+        try:
+            check(subject)
+        except LedgerError as error:
+            raise LedgerError(f"step {number}, {name}, failed: {error}") from error
 
 
 @dataclass
@@ -132,6 +165,7 @@ class _Subject:
     trusted: Mapping[str, str]
     complete: bool = False
     account: Account | None = None
+    cosigners: tuple[Cosigner, ...] = ()
     budget: Budget = field(default_factory=Budget)
     admissions: list[tuple[Admitted, Budget]] = field(default_factory=list)
 
@@ -142,6 +176,10 @@ class _Subject:
     @property
     def key(self) -> str:
         return self.trusted[self.evidence.site]
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        return [self.evidence.checkpoint, *(old.checkpoint for old in self.evidence.earlier)]
 
 
 def _format(subject: _Subject) -> str:
@@ -171,8 +209,7 @@ def _trust(subject: _Subject) -> str:
 
 
 def _signatures(subject: _Subject) -> str:
-    evidence = subject.evidence
-    checkpoints = [evidence.checkpoint, *(earlier.checkpoint for earlier in evidence.earlier)]
+    evidence, checkpoints = subject.evidence, subject.checkpoints
     for checkpoint in checkpoints:
         if checkpoint.site != evidence.site:
             raise LedgerError(
@@ -255,6 +292,33 @@ def _consistency(subject: _Subject) -> str:
     return f"the log only grew since {_count(len(subject.evidence.earlier), 'earlier checkpoint')}"
 
 
+def _cosignatures(subject: _Subject) -> str:
+    sizes: dict[str, int] = {}
+    for checkpoint in subject.checkpoints:
+        for key, signature in checkpoint.cosignatures.items():
+            try:
+                verify_cosignature(key, checkpoint, signature)
+            except LedgerError as error:
+                raise LedgerError(
+                    f"cosignature under the checkpoint of size {checkpoint.size}: {error}"
+                ) from error
+            sizes[key] = max(checkpoint.size, sizes.get(key, 0))
+    # Keys that the auditor does not trust count for nothing: anybody can draw one.
+    others = sorted(subject.trusted.items() - {(subject.evidence.site, subject.key)})
+    subject.cosigners = tuple(Cosigner(site, sizes.get(key)) for site, key in others)
+    return _cosigned_text(subject.cosigners)
+
+
+def _cosigned_text(cosigners: Sequence[Cosigner]) -> str:
+    if not cosigners:
+        return "no other site is trusted, so nobody else can say that this log is the only one"
+    who = [f"{each.site} up to leaf {each.size}" for each in cosigners if each.size]
+    count = f"cosigned by {len(who)} of {_count(len(cosigners), 'other site')}"
+    if not who:
+        return f"{count}: nobody else says that this log is the only one"
+    return f"{count}: {', '.join(who)}"
+
+
 def _opened(subject: _Subject) -> str:
     first = subject.entries[0]
     if subject.evidence.leaves[0].index != 0 or not isinstance(first, Opened):
@@ -316,6 +380,7 @@ _CHECKS: Final[tuple[tuple[str, Callable[[_Subject], str]], ...]] = (
     ("completeness", _completeness),
     ("inclusion", _inclusion),
     ("consistency", _consistency),
+    ("cosigned", _cosignatures),
     ("opened", _opened),
     ("replay", _replay),
     ("budget", _budget),

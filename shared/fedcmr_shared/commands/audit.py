@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from fedcmr_shared.cli import json_option, print_json, print_table
+from fedcmr_shared.cli import EntryPointGroup, json_option, print_json, print_table
 
 if TYPE_CHECKING:
     from fedcmr_shared.audit.account import Account
@@ -29,7 +29,7 @@ _MEANINGS: Final = {
 }
 
 
-@click.group()
+@click.group(cls=EntryPointGroup, entry_point_group="fedcmr.commands.audit")
 def audit() -> None:
     """Check privacy claims without believing the site or the coordinator."""
 

@@ -7,34 +7,41 @@ that neither side can work on another model than the one that it was told about.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.refusals import REFUSAL_CODES, RefusalCode
+from fedcmr_shared.schemas.signed_job import JobAuthorisation
 
 _ARRAYS = "arrays"
+_SAFETENSORS = "safetensors"
 _ANSWER = "answer"
+_AUTHORISATION = "authorisation"
 _HEADER = "header"
 _METRICS = "metrics"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the server asks of a site in one round: ``state`` is the global model."""
+    """What the server asks of a site in one round: ``state`` is the global model.
+
+    Deployed sites need the coordinator's ``authorisation``; simulated ones do not.
+    """
 
     job: JobSpec
     round: int
     state: Mapping[str, Tensor]
+    authorisation: JobAuthorisation | None = None
 
     def pack(self) -> RecordDict:
         """Return the content of a Flower message."""
@@ -45,6 +52,8 @@ class Task:
                 "model-sha256": state_sha256(self.state),
             }
         )
+        if self.authorisation is not None:
+            header[_AUTHORISATION] = self.authorisation.model_dump_json()
         return RecordDict({_HEADER: header, _ARRAYS: _arrays(self.state)})
 
     @classmethod
@@ -58,12 +67,13 @@ class Task:
         header = _header(content)
         try:
             job = JobSpec.model_validate_json(str(header["job"]))
+            authorisation = _authorisation(header)
         except (KeyError, ValidationError) as error:
             raise FederationError(f"the task's job cannot be read: {error}") from error
         state = _state(content)
         if header.get("model-sha256") != state_sha256(state):
             raise FederationError("the task's model does not have the SHA-256 that its header says")
-        return cls(job=job, round=_round(header), state=state)
+        return cls(job, _round(header), state, authorisation)
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,11 @@ def _answer_header(
     )
 
 
+def _authorisation(header: ConfigRecord) -> JobAuthorisation | None:
+    text = header.get(_AUTHORISATION)
+    return None if text is None else JobAuthorisation.model_validate_json(str(text))
+
+
 def _loss(content: RecordDict) -> float | None:
     metrics = content.metric_records.get(_METRICS)
     value = None if metrics is None else metrics.get("loss")
@@ -186,12 +201,18 @@ def _refusal_code(value: object) -> RefusalCode:
 
 
 def _arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    return ArrayRecord(OrderedDict((name, tensor.detach().cpu()) for name, tensor in state.items()))
+    # One array for all tensors: Flower asks the network anew for each.
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    data = save(tensors)
+    array = Array(dtype="uint8", shape=(len(data),), stype=_SAFETENSORS, data=data)
+    return ArrayRecord({_ARRAYS: array})
 
 
 def _state(content: RecordDict) -> dict[str, Tensor]:
     arrays = content.array_records.get(_ARRAYS)
-    if arrays is None:
+    if arrays is None or _ARRAYS not in arrays or arrays[_ARRAYS].stype != _SAFETENSORS:
         raise FederationError("the message carries no arrays")
-    # Arrays arrive read-only; a copy may be trained on.
-    return {name: torch.tensor(array.numpy()) for name, array in arrays.items()}
+    try:
+        return load(arrays[_ARRAYS].data)
+    except SafetensorError as error:
+        raise FederationError(f"the message's arrays cannot be read: {error}") from error

@@ -18,6 +18,7 @@ from fedcmr_shared.identity.roster import MOST_SITES
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Hash
 from fedcmr_shared.schemas.policy import SiteName
+from fedcmr_shared.schemas.signed_job import JobAuthorisation
 from fedcmr_shared.secagg.messages import Confirmation, Delivery, Frozen, Keys, Step, Unmasking
 from fedcmr_shared.secagg.session import Session
 
@@ -39,6 +40,7 @@ class KeysQuestion(Question):
     """Asks for fresh keys; the only question that carries the job."""
 
     job: JobSpec
+    authorisation: JobAuthorisation | None = None
 
 
 class SharesQuestion(Question):

@@ -43,10 +43,22 @@ class ModelSpec(BaseModel):
 
     model_config = _FROZEN
 
-    name: str = "cardiomm"
-    size: Literal["tiny", "small", "paper"] = "tiny"
-    variant: Literal["SM", "UT", "MT", "MM"] = "MM"
-    text_encoder: Literal["minilm", "clip", "hashed"] = "minilm"
+    name: str = Field(
+        default="cardiomm",
+        description="registered name of the network, as `fedcmr models list` prints it",
+    )
+    size: Literal["tiny", "small", "paper"] = Field(
+        default="tiny",
+        description="tiny runs on a CPU, small on one GPU, paper is that of the publication",
+    )
+    variant: Literal["SM", "UT", "MT", "MM"] = Field(
+        default="MM",
+        description="words it is told: SM none, UT on undersampling, MT on the scan, MM both",
+    )
+    text_encoder: Literal["minilm", "clip", "hashed"] = Field(
+        default="minilm",
+        description="what reads words: minilm is packaged, clip a local folder, hashed for tests",
+    )
     lora_rank: Annotated[int, Field(ge=0, le=256)] = Field(
         default=0, description="rank of the low-rank updates beside each layer; 0 for none"
     )
@@ -57,11 +69,19 @@ class SamplingSpec(BaseModel):
 
     model_config = _FROZEN
 
-    patterns: Annotated[tuple[Pattern, ...], Field(min_length=1)] = ("uniform",)
+    patterns: Annotated[tuple[Pattern, ...], Field(min_length=1)] = Field(
+        default=("uniform",),
+        description="undersampling patterns, of which one is drawn for each image",
+    )
     accelerations: Annotated[
         tuple[Annotated[float, Field(gt=1, le=64)], ...], Field(min_length=1)
-    ] = (4.0, 8.0)
-    acs_lines: Annotated[int, Field(ge=4, le=64)] = 20
+    ] = Field(
+        default=(4.0, 8.0),
+        description="nominal acceleration factors, of which one is drawn for each image",
+    )
+    acs_lines: Annotated[int, Field(ge=4, le=64)] = Field(
+        default=20, description="fully sampled lines in the centre of k-space"
+    )
 
 
 class TrainingSpec(BaseModel):
@@ -69,21 +89,34 @@ class TrainingSpec(BaseModel):
 
     model_config = _FROZEN
 
-    part: Part = "full"
-    local_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 60
+    part: Part = Field(
+        default="full",
+        description="what of the model is trained and sent: fewer values need less noise",
+    )
+    local_steps: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        default=60, description="optimiser steps of a site in one round"
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(
         default=1, description="images in a step without privacy; with it, patients are drawn"
     )
-    optimiser: Literal["adam", "adamw", "sgd"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimiser: Literal["adam", "adamw", "sgd"] = Field(
+        default="adamw", description="optimiser of the sites"
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = Field(
+        default=2e-3, description="learning rate of the sites at the first step"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="weight decay of the sites"
+    )
     final_learning_rate_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="cosine decay over all rounds of the job ends at this fraction"
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         default=10, description="linear warm-up each time a site starts its optimiser anew"
     )
-    loss: Literal["l1", "ssim"] = "l1"
+    loss: Literal["l1", "ssim"] = Field(
+        default="l1", description="distance between reconstruction and reference image"
+    )
     gradient_clip: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="norm of a step's gradient without privacy"
     )
@@ -94,11 +127,21 @@ class ServerOptimiserSpec(BaseModel):
 
     model_config = _FROZEN
 
-    name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = "fedavg"
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    tau: Annotated[float, Field(gt=0)] = 1e-3
+    name: Literal["fedavg", "fedavgm", "fedadam", "fedyogi"] = Field(
+        default="fedavg", description="how the server applies the mean update; fedavg adds it"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="step along the mean update; 1 with fedavg adds all of it"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="first-moment decay; not used by fedavg"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.99, description="second-moment decay of fedadam and fedyogi"
+    )
+    tau: Annotated[float, Field(gt=0)] = Field(
+        default=1e-3, description="added to the root of the second moment in fedadam and fedyogi"
+    )
 
 
 class CohortQuery(BaseModel):
@@ -109,11 +152,21 @@ class CohortQuery(BaseModel):
 
     model_config = _FROZEN
 
-    modalities: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    views: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    vendors: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    acquired_from: date | None = None
-    acquired_until: date | None = None
+    modalities: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, description="modalities such as cine or LGE; null for all"
+    )
+    views: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, description="views such as short-axis; null for all"
+    )
+    vendors: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None, description="vendors of the scanner; null for all"
+    )
+    acquired_from: date | None = Field(
+        default=None, description="first day of acquisition (YYYY-MM-DD); null for any"
+    )
+    acquired_until: date | None = Field(
+        default=None, description="last day of acquisition (YYYY-MM-DD); null for any"
+    )
 
     def attributes(self) -> set[str]:
         """Names of the attributes that the query restricts."""
@@ -125,8 +178,12 @@ class ResourceSpec(BaseModel):
 
     model_config = _FROZEN
 
-    device_hours: Annotated[float, Field(gt=0)] = 24.0
-    energy_kwh: Annotated[float, Field(gt=0)] = 10.0
+    device_hours: Annotated[float, Field(gt=0)] = Field(
+        default=24.0, description="hours of computing, all rounds together"
+    )
+    energy_kwh: Annotated[float, Field(gt=0)] = Field(
+        default=10.0, description="energy, all rounds together"
+    )
 
 
 class SecureSpec(BaseModel):
@@ -162,18 +219,42 @@ class JobSpec(BaseModel):
 
     model_config = _FROZEN
 
-    schema_version: Literal["1"] = "1"
-    name: Annotated[str, Field(pattern=_NAME)] = "cardiomm"
-    coordinator: Annotated[str, Field(pattern=_NAME)] = "coordinator"
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    rounds: Annotated[int, Field(ge=1, le=10_000)] = 3
-    minimum_sites: Annotated[int, Field(ge=1)] = 3
-    round_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
-    model: ModelSpec = ModelSpec()
-    sampling: SamplingSpec = SamplingSpec()
-    training: TrainingSpec = TrainingSpec()
-    server_optimiser: ServerOptimiserSpec = ServerOptimiserSpec()
-    privacy: PrivacySpec | None = None
+    schema_version: Literal["1"] = Field(default="1", description="version of this format")
+    name: Annotated[str, Field(pattern=_NAME)] = Field(
+        default="cardiomm", description="name for people: lower-case letters, digits, dashes"
+    )
+    coordinator: Annotated[str, Field(pattern=_NAME)] = Field(
+        default="coordinator",
+        description="name of the coordinator, which the policies of the sites allow",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        default=0,
+        description="seed of the first weights and of public randomness; noise never comes from it",
+    )
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        default=3, description="rounds of training"
+    )
+    minimum_sites: Annotated[int, Field(ge=1)] = Field(
+        default=3, description="fewest sites in a round; with fewer the job waits"
+    )
+    round_timeout_s: Annotated[float, Field(gt=0)] = Field(
+        default=3600.0,
+        description="seconds that the sites have to train in one round; who is later is left out",
+    )
+    model: ModelSpec = Field(default=ModelSpec(), description="which network")
+    sampling: SamplingSpec = Field(
+        default=SamplingSpec(), description="how images are undersampled for training"
+    )
+    training: TrainingSpec = Field(
+        default=TrainingSpec(), description="what a site does in one round"
+    )
+    server_optimiser: ServerOptimiserSpec = Field(
+        default=ServerOptimiserSpec(), description="what the coordinator does with the mean update"
+    )
+    privacy: PrivacySpec | None = Field(
+        default=None,
+        description="what protects each patient; null: nothing, which only simulated sites do",
+    )
     aggregation: Aggregation = Field(
         default="secure_sum",
         description="what the coordinator opens: secure_sum, one sum of all sites; secure_groups, "
@@ -187,9 +268,16 @@ class JobSpec(BaseModel):
         description="updates or means of groups with a larger Euclidean norm are left out; "
         "null for no limit",
     )
-    secure: SecureSpec = SecureSpec()
-    cohort: CohortQuery = CohortQuery()
-    resources: ResourceSpec = ResourceSpec()
+    secure: SecureSpec = Field(
+        default=SecureSpec(), description="how updates and totals travel through the secure sum"
+    )
+    cohort: CohortQuery = Field(
+        default=CohortQuery(),
+        description="whose scans the job uses, as far as the sites' policies let it ask",
+    )
+    resources: ResourceSpec = Field(
+        default=ResourceSpec(), description="the most that the whole job may use at one site"
+    )
     site_sizes: dict[str, SizeClass] = Field(
         default_factory=dict, description="public size class of each site; small when not named"
     )

@@ -42,11 +42,16 @@ class EvaluationSpec(BaseModel):
 
     model_config = _FROZEN
 
-    noise_multiplier: Annotated[float, Field(gt=0)] | None = 4.0
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = Field(
+        default=4.0,
+        description="noise on the totals of the scores, in units of their bound; null for none",
+    )
     rounds: Literal["none", "last", "all"] = Field(
         default="last", description="after which rounds the sites score the model"
     )
-    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("psnr",)
+    metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = Field(
+        default=("psnr",), description="scores of each held-out patient"
+    )
     cohort_size: Annotated[int, Field(ge=1), AfterValidator(_coarse)] = Field(
         default=100,
         description="coarse number of held-out patients of a site of size class small: a public "
@@ -132,25 +137,46 @@ class PrivacySpec(BaseModel):
 
     model_config = _FROZEN
 
-    unit: Literal["patient"] = "patient"
-    relation: Literal["zero-out"] = "zero-out"
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    unit: Literal["patient"] = Field(
+        default="patient", description="who is protected: the patient, over all scans and visits"
+    )
+    relation: Literal["zero-out"] = Field(
+        default="zero-out",
+        description="what is hidden: that one patient's contribution is replaced by zero",
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-5,
+        description="delta of epsilon; far below one divided by the number of patients",
+    )
     cohort_size: Annotated[int, Field(ge=10), AfterValidator(_coarse)] = Field(
         default=200,
         description="coarse number of training patients of a site of size class small; "
         "sampling_rate times this, times the size class's weight, is the public denominator",
     )
-    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
-    noise_multiplier: Annotated[float, Field(gt=0)] = 1.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    clipping: Clipping = "flat"
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="probability with which each patient takes part in a step"
+    )
+    noise_multiplier: Annotated[float, Field(gt=0)] = Field(
+        default=1.0,
+        description="standard deviation of the noise in units of clip_norm; see `fedcmr site plan`",
+    )
+    clip_norm: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="largest Euclidean norm of one patient's gradient"
+    )
+    clipping: Clipping = Field(
+        default="flat",
+        description="clip the whole gradient (flat) or each layer by itself (per-layer)",
+    )
     images_per_patient: Annotated[int, Field(ge=1, le=10_000)] = Field(
         default=1, description="at most this many images of a patient in one step"
     )
     augmentations: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=1, description="undersampling masks per image, averaged inside the patient"
     )
-    engine: Engine = "backward"
+    engine: Engine = Field(
+        default="backward",
+        description="how gradients of single patients are computed; all give the same ones",
+    )
     spare_rounds: Annotated[int, Field(ge=0, le=10_000)] = Field(
         default=1, description="rounds reserved for repeating those whose update was lost"
     )
@@ -159,7 +185,9 @@ class PrivacySpec(BaseModel):
         description="sites add shares of the noise; null: each adds the whole, which holds also "
         "when secure aggregation fails",
     )
-    evaluation: EvaluationSpec = EvaluationSpec()
+    evaluation: EvaluationSpec = Field(
+        default=EvaluationSpec(), description="how scores on held-out patients leave a site"
+    )
 
     def noise_shares(self, sites: int) -> NoiseShares | None:
         """Return how at least ``sites`` sites share the noise; None when each adds the whole."""

@@ -27,6 +27,9 @@ RefusalCode = Literal[
     "energy",
     "engine",
     "protocol",
+    "signature",
+    "bundle",
+    "paused",
     "declined",
     "failed",
 ]
@@ -50,6 +53,9 @@ REFUSAL_CODES: Final[dict[RefusalCode, str]] = {
     "energy": "the job may use more energy than the site gives",
     "engine": "the gradient engine is not exact for this model",
     "protocol": "the messages of the secure aggregation are not in order",
+    "signature": "the job is not signed by the federation's coordinator for this time",
+    "bundle": "the app that came with the message is not the code-free app of this software",
+    "paused": "the site is paused",
     "declined": "the site does not take part; its reason may depend on data",
     "failed": "the site failed; its log says why",
 }

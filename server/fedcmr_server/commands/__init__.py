@@ -1,0 +1,1 @@
+"""Commands of the group `coordinator`, and `models release`."""

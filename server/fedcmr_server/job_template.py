@@ -1,0 +1,69 @@
+"""Jobs as files: a template that explains every field, and the reader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.schemas.explained import explained_yaml
+from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
+from fedcmr_shared.schemas.privacy import EvaluationSpec, PrivacySpec
+from fedcmr_shared.schemas.yaml_files import parse, read_yaml
+
+_HEADER: Final = (
+    "A job: what the sites are asked to do. Every field is here with what it means; one that is "
+    "left out keeps the value shown by `fedcmr schema show job`. Each site's own policy decides "
+    "whether it takes part, and its `fedcmr site check` says so before the job is submitted."
+)
+
+TEMPLATES: Final[Mapping[str, JobSpec]] = {
+    "cardiomm": JobSpec(
+        name="cardiomm-tiny",
+        rounds=10,
+        model=ModelSpec(name="cardiomm", size="tiny", variant="MM", text_encoder="minilm"),
+        sampling=SamplingSpec(patterns=("uniform",), accelerations=(4.0, 8.0), acs_lines=16),
+        training=TrainingSpec(
+            local_steps=4,
+            optimiser="adam",
+            learning_rate=8e-3,
+            warmup_steps=2,
+        ),
+        privacy=PrivacySpec(
+            cohort_size=300,
+            sampling_rate=0.1,
+            noise_multiplier=1.5,
+            clip_norm=0.025,
+            spare_rounds=2,
+            evaluation=EvaluationSpec(noise_multiplier=4.0, cohort_size=40),
+        ),
+    )
+}
+"""Realistic private jobs by the kind of model that they train."""
+
+
+def job_template(kind: str, coordinator: str = "coordinator") -> str:
+    """Return the YAML of a ``coordinator``'s job that trains a ``kind`` of model.
+
+    `read_job` reads it.
+
+    Raises:
+        ConfigurationError: there is no template of this kind.
+    """
+    if kind not in TEMPLATES:
+        known = ", ".join(sorted(TEMPLATES))
+        raise ConfigurationError(f"there is no template for {kind!r}: use one of {known}")
+    job = TEMPLATES[kind].model_copy(update={"coordinator": coordinator})
+    return explained_yaml(job, _HEADER)
+
+
+def read_job(path: Path) -> JobSpec:
+    """Read a job from a YAML or JSON file.
+
+    Raises:
+        ConfigurationError: the file cannot be read, is no mapping, names a field twice or has an
+            absent, unknown or wrong field; the message names all of them.
+    """
+    hint = "correct it, `fedcmr schema show job` explains"
+    return parse(JobSpec, read_yaml(path, "job"), f"job {path}", hint)

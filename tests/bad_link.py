@@ -1,0 +1,121 @@
+"""A forward proxy (CONNECT) whose line is slow, late, lossy or cut: a hospital's network at its worst.
+
+It works on the bytes of TCP connections, above the kernel's own retransmission: a lost packet shows
+as a stall of the time after which the kernel would have sent it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+_CHUNK: Final = 16_384
+_RETRANSMISSION_S: Final = 0.3
+_MOST_HEADER: Final = 65_536
+
+
+@dataclass
+class Line:
+    """How the line is; may be changed at any time.
+
+    ``delay_s`` is one way. Each chunk of 16 KiB stalls with probability ``loss`` until it would
+    have been sent again. While ``is_cut`` nothing moves, and nothing closes either, as when a
+    cable is pulled.
+    """
+
+    delay_s: float = 0.0
+    loss: float = 0.0
+    bytes_per_s: float | None = None
+    is_cut: bool = False
+    carried: int = 0
+    _random: random.Random = field(default_factory=lambda: random.Random(7))
+
+    async def carry(self, size: int) -> None:
+        """Wait as long as ``size`` bytes take."""
+        if self.bytes_per_s is not None:
+            await asyncio.sleep(size / self.bytes_per_s)
+        if self._random.random() < self.loss:
+            await asyncio.sleep(_RETRANSMISSION_S)
+        while self.is_cut:
+            await asyncio.sleep(0.05)
+        self.carried += size
+
+
+class BadLink:
+    """The proxy; ``url`` is what a site's agent.yaml names."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self.url = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    @contextmanager
+    def open(cls, line: Line | None = None) -> Iterator[BadLink]:
+        """Serve on a free port of the loopback until the end of the block."""
+        link = cls(line or Line())
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="bad-link")
+        thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(link._serve(), loop).result(10)
+            yield link
+        finally:
+            link.line.is_cut = False
+            asyncio.run_coroutine_threadsafe(link._close(), loop).result(10)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(10)
+            loop.close()
+
+    async def _serve(self) -> None:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _close(self) -> None:
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            host, _, port = head.split(b" ")[1].decode().rpartition(":")
+            await self.line.carry(len(head))
+            far_reader, far_writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
+        writer.close()
+
+    async def _copy(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        """Copy with the line's delay; chunks overlap, as on a real line."""
+        queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
+        loop = asyncio.get_running_loop()
+
+        async def read() -> None:
+            while data := await source.read(_CHUNK):
+                await self.line.carry(len(data))
+                await queue.put((loop.time() + self.line.delay_s, data))
+            await queue.put((loop.time() + self.line.delay_s, b""))
+
+        reading = asyncio.create_task(read())
+        try:
+            while True:
+                due, data = await queue.get()
+                await asyncio.sleep(max(0.0, due - loop.time()))
+                if not data:
+                    break
+                target.write(data)
+                await target.drain()
+        finally:
+            reading.cancel()
+            target.close()

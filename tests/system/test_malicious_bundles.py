@@ -1,0 +1,237 @@
+"""No code of a coordinator's bundle is executed at a site, over a real SuperLink and SuperNode.
+
+The same bundles are executed by Flower's SuperNode as it comes: the positive control.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+from flower_parties import (
+    SuperLink,
+    grid_of_run,
+    new_node_key,
+    plain_supernode,
+    superlink,
+    wait_for,
+)
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from fedcmr_client.policy import policy_text
+from fedcmr_client.runner import Runner
+from fedcmr_client.site_home import SiteHome
+from fedcmr_client.supernode import SuperNode, SuperNodeSettings
+from fedcmr_shared.federation.flower_app import APP_PROJECT, app_bundle
+from fedcmr_shared.federation.messages import Refusal, Task, Update, unpack_answer
+from fedcmr_shared.models.registry import build_model
+from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
+from fedcmr_shared.schemas.policy import SitePolicy
+from fedcmr_shared.schemas.privacy import PrivacySpec
+
+NONSENSE = RecordDict({"header": ConfigRecord({"x": 1})})
+EVIL_PROJECT = APP_PROJECT.replace("fedcmr_client.app:app", "evil:app")
+
+Entries = list[tuple[str | zipfile.ZipInfo, bytes]]
+
+
+def code(canary: Path) -> bytes:
+    """A client app that leaves a file when it is imported."""
+    return f"""
+from pathlib import Path
+Path({str(canary)!r}).write_text("executed")
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+app = ClientApp()
+@app.train()
+def train(message, context):
+    return Message(message.content, reply_to=message)
+""".encode()
+
+
+def bundle(project: str, more: Entries) -> bytes:
+    """Return a bundle as Flower takes it, with ``more`` entries."""
+    entries: Entries = [("pyproject.toml", project.encode()), *more]
+    lines = []
+    for name, content in entries:
+        path = name if isinstance(name, str) else name.filename
+        lines.append(f"{path},{sha256(content).hexdigest()},{8 * len(content)}")
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in [*entries, (".info/CONTENT", "\n".join(lines).encode())]:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def shadowing(canary: Path) -> bytes:
+    """A module in place of the site's own."""
+    own: Entries = [("fedcmr_client/__init__.py", b""), ("fedcmr_client/app.py", code(canary))]
+    return bundle(APP_PROJECT, own)
+
+
+def another_entry_point(canary: Path) -> bytes:
+    return bundle(EVIL_PROJECT, [("evil.py", code(canary))])
+
+
+def to_install(canary: Path) -> bytes:
+    """A dependency whose build leaves a file."""
+    needs = APP_PROJECT.replace('"flwr==1.41.0",', '"flwr==1.41.0", "evil @ file:evil",')
+    backend = f'open({str(canary)!r}, "w").write("executed")'
+    setup: Entries = [("evil/setup.py", backend.encode())]
+    return bundle(needs, setup)
+
+
+def slipping(canary: Path) -> bytes:
+    """Entries that leave the folder into which they are unpacked."""
+    outside = "../" * 20 + str(canary).lstrip("/")
+    return bundle(APP_PROJECT, [(outside, b"slipped"), (str(canary), b"slipped")])
+
+
+def linking(canary: Path) -> bytes:
+    """A link out of the folder, and an entry behind it."""
+    link = zipfile.ZipInfo("data")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    return bundle(
+        APP_PROJECT, [(link, str(canary.parent).encode()), (f"data/{canary.name}", b"linked")]
+    )
+
+
+ATTACKS: dict[str, Callable[[Path], bytes]] = {
+    each.__name__: each for each in (shadowing, another_entry_point, to_install, slipping, linking)
+}
+EXECUTED = ("shadowing", "another_entry_point")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A protected site, connected to a SuperLink."""
+
+    link: SuperLink
+    supernode: SuperNode
+    node: int
+
+    def ask(self, made: bytes, content: RecordDict, kind: str = "train") -> Message:
+        with grid_of_run(self.link, made) as run:
+            return run.ask(self.node, kind, content)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bundles")
+
+
+@pytest.fixture(scope="module")
+def link(folder: Path) -> Iterator[SuperLink]:
+    with superlink(folder / "superlink") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain(link: SuperLink, folder: Path) -> Iterator[int]:
+    """An unprotected node of the same federation."""
+    node = link.register(new_node_key(folder / "plain.key"))
+    with plain_supernode(link, folder / "plain.key", folder / "plain"):
+        yield node
+
+
+@pytest.fixture(scope="module")
+def site(link: SuperLink, plain: int, folder: Path) -> Iterator[Site]:
+    node = link.register(new_node_key(folder / "site.key"))
+    settings = SuperNodeSettings(link.address, link.authority, folder / "site.key", folder / "node")
+    with SuperNode(settings) as supernode:
+        wait_for("the site", lambda: supernode.node_id == node and link.online(node))
+        yield Site(link, supernode, node)
+
+
+@pytest.fixture(scope="module")
+def policy(folder: Path) -> Path:
+    path = folder / "policy.yaml"
+    rules = {"site": "alder", "store": "store", "ledger": {"folder": "a", "second_place": "b"}}
+    path.write_text(policy_text(SitePolicy.model_validate({**rules, "reply_tick_s": 0.01})))
+    return path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the bundles at the protected site, by name."""
+
+    replies: dict[str, Message]
+    canaries: dict[str, bool]
+    refused: list[str]
+
+
+@pytest.fixture(scope="module")
+def outcome(site: Site, policy: Path, folder: Path) -> Outcome:
+    refused: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(Runner(site.supernode, "alder", policy, record_refusal=refused.append))
+        sent = {}
+        for name, attack in ATTACKS.items():
+            made = attack(folder / f"canary-{name}")
+            run = stack.enter_context(grid_of_run(site.link, made))
+            sent[name] = (run, run.push(site.node, "train", NONSENSE))
+        replies = {name: run.reply(message) for name, (run, message) in sent.items()}
+    canaries = {name: (folder / f"canary-{name}").exists() for name in ATTACKS}
+    return Outcome(replies, canaries, refused)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_site_refuses_every_other_bundle_and_executes_nothing(
+    outcome: Outcome, name: str
+) -> None:
+    assert unpack_answer(outcome.replies[name].content) == Refusal("alder", "bundle")
+    assert not outcome.canaries[name]
+
+
+def test_every_refused_bundle_is_written_down(outcome: Outcome) -> None:
+    assert outcome.refused == ["entries"] * len(ATTACKS)
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_flowers_own_supernode_executes_the_same_bundle(
+    link: SuperLink, plain: int, outcome: Outcome, folder: Path, name: str
+) -> None:
+    canary = folder / f"canary-{name}"
+    assert not canary.exists()
+    wait_for("the plain node", lambda: link.online(plain))
+    with grid_of_run(link, ATTACKS[name](canary)) as run:
+        reply = run.ask(plain, "train", NONSENSE)
+    assert reply.content == NONSENSE
+    assert canary.read_text() == "executed"
+
+
+def test_a_message_with_the_code_free_app_reaches_the_installed_one(
+    site: Site, policy: Path
+) -> None:
+    refused: list[str] = []
+    with Runner(site.supernode, "alder", policy, record_refusal=refused.append):
+        reply = site.ask(app_bundle(), NONSENSE)
+    assert unpack_answer(reply.content) == Refusal("alder", "malformed")
+    assert refused == []
+
+
+def test_a_hospital_trains_behind_the_runner(
+    site: Site, make_home: Callable[..., SiteHome]
+) -> None:
+    job = JobSpec(
+        rounds=1,
+        model=ModelSpec(text_encoder="hashed"),
+        sampling=SamplingSpec(acs_lines=8),
+        training=TrainingSpec(local_steps=1, part="adapters"),
+        aggregation="plain_with_local_dp",
+        privacy=PrivacySpec(cohort_size=10, noise_multiplier=3.0),
+    )
+    torch.manual_seed(job.seed)
+    task = Task(job, 1, build_model(job.model).state_dict())
+    home = make_home()
+    with Runner(site.supernode, home.policy.site, home.path, record_refusal=print):
+        update = unpack_answer(site.ask(app_bundle(), task.pack()).content)
+    assert isinstance(update, Update)
+    assert update.site == home.policy.site
