@@ -24,13 +24,14 @@ class Line:
     """How the line is; may be changed at any time.
 
     ``delay_s`` is one way. Each chunk of 16 KiB stalls with probability ``loss`` until it would
-    have been sent again. While ``is_cut`` nothing moves, and nothing closes either, as when a
+    have been sent again; with probability ``damage`` one of its bits flips. While ``is_cut`` nothing moves, and nothing closes either, as when a
     cable is pulled.
     """
 
     delay_s: float = 0.0
     loss: float = 0.0
     bytes_per_s: float | None = None
+    damage: float = 0.0
     is_cut: bool = False
     carried: int = 0
     _random: random.Random = field(default_factory=lambda: random.Random(7))
@@ -44,6 +45,13 @@ class Line:
         while self.is_cut:
             await asyncio.sleep(0.05)
         self.carried += size
+
+    def spoilt(self, data: bytes) -> bytes:
+        """Return ``data`` as it arrives."""
+        if self._random.random() >= self.damage:
+            return data
+        place = self._random.randrange(len(data))
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
 class BadLink:
@@ -102,9 +110,10 @@ class BadLink:
         loop = asyncio.get_running_loop()
 
         async def read() -> None:
-            while data := await source.read(_CHUNK):
-                await self.line.carry(len(data))
-                await queue.put((loop.time() + self.line.delay_s, data))
+            with suppress(OSError):  # a killed process resets its connections
+                while data := await source.read(_CHUNK):
+                    await self.line.carry(len(data))
+                    await queue.put((loop.time() + self.line.delay_s, self.line.spoilt(data)))
             await queue.put((loop.time() + self.line.delay_s, b""))
 
         reading = asyncio.create_task(read())

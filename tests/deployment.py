@@ -49,7 +49,12 @@ secure: {{step_timeout_s: 30}}
 Found = TypeVar("Found")
 
 
-def until(condition: Callable[[], Found | None], what: str, timeout_s: float = 120.0) -> Found:
+def until(
+    condition: Callable[[], Found | None],
+    what: str,
+    timeout_s: float = 120.0,
+    pause_s: float = 0.2,
+) -> Found:
     """Return the first true value of ``condition``; fail with ``what`` when it does not come."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -58,7 +63,7 @@ def until(condition: Callable[[], Found | None], what: str, timeout_s: float = 1
             return found
         if time.monotonic() > deadline:
             raise AssertionError(f"waited {timeout_s:g} s for: {what}")
-        time.sleep(0.2)
+        time.sleep(pause_s)
 
 
 @dataclass
@@ -67,6 +72,11 @@ class Service:
 
     process: subprocess.Popen[bytes]
     log: Path
+    began_at: int = 0
+
+    def said(self) -> str:
+        """Return what this process, not an earlier one with the same log, has written."""
+        return self.log.read_bytes()[self.began_at :].decode(errors="replace")
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process alone."""
@@ -90,7 +100,7 @@ class Service:
         self.process.wait(10)
 
     def _kill_group(self) -> None:
-        for pid in _session(self.process.pid):
+        for pid in session_of(self.process.pid):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -200,9 +210,12 @@ class Federation:
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, **options: Any) -> Iterator[Federation]:
-        """Make the coordinator's folder; every process is gone afterwards."""
-        with Network.open() as network, ExitStack() as stack:
+    def open(cls, folder: Path, *, isolated: bool = True, **options: Any) -> Iterator[Federation]:
+        """Make the coordinator's folder; every process is gone afterwards.
+
+        Without ``isolated`` all hosts share this machine's loopback, where a `BadLink` listens.
+        """
+        with Network.open(isolated) as network, ExitStack() as stack:
             made = cls(folder, network, **options)
             stack.callback(made._stop_all)
             words = ["--federation", "heart", "--host", made.host.address]
@@ -236,11 +249,12 @@ class Federation:
     def wait_ready(self) -> None:
         """Wait until the coordinator's line says that it is ready."""
         assert self.coordinator is not None
-        log, process = self.coordinator.log, self.coordinator.process
+        service = self.coordinator
 
         def ready() -> bool:
-            assert process.poll() is None, log.read_text()
-            return "\nready: " in "\n" + log.read_text()
+            said = service.said()
+            assert service.process.poll() is None, said
+            return "\nready: " in "\n" + said
 
         until(ready, "the coordinator to be ready", 60)
 
@@ -293,6 +307,7 @@ class Federation:
         """Start a process that stays."""
         log = self.folder / f"{name}.out"
         with log.open("ab") as stream:
+            began_at = stream.tell()
             process = subprocess.Popen(
                 host.command([str(FEDCMR), *command]),
                 env={**os.environ, **ENVIRONMENT, **environment},
@@ -301,7 +316,7 @@ class Federation:
                 stderr=stream,
                 start_new_session=True,
             )
-        made = Service(process, log)
+        made = Service(process, log, began_at)
         self._services.append(made)
         return made
 
@@ -359,7 +374,7 @@ def missing_programs() -> str:
     return "" if shutil.which("nginx") else "nginx is not installed"
 
 
-def _session(leader: int) -> list[int]:
+def session_of(leader: int) -> list[int]:
     """Process ids of a session and of the sessions that its members began."""
     parents: dict[int, tuple[int, int]] = {}
     for entry in Path("/proc").glob("[0-9]*"):

@@ -25,6 +25,7 @@ from fedcmr_shared.identity.roster import Roster, new_roster, roster_text
 from fedcmr_shared.privacy.accounting import best_order
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
+from fedcmr_shared.schemas.signed_job import JobAuthorisation
 from fedcmr_shared.secagg.faults import ProtocolError
 from fedcmr_shared.secagg.layout import groups
 from fedcmr_shared.secagg.messages import STEPS, Step
@@ -40,9 +41,13 @@ SECURE: dict[str, Any] = {
 
 @dataclass
 class Hospital:
-    """A real site on a `ProtocolLink`; ``asked`` keeps the newest question of each step."""
+    """A real site on a `ProtocolLink`; ``asked`` keeps the newest question of each step.
+
+    ``pinned`` is that of its `SiteAgent`.
+    """
 
     home: SiteHome
+    pinned: tuple[str, str] | None = None
     asked: dict[tuple[Session, Step], RecordDict] = field(default_factory=dict)
 
     @property
@@ -56,7 +61,7 @@ class Hospital:
 
     def reply(self, step: Step, content: RecordDict) -> RecordDict:
         try:
-            return SiteAgent(self.home).secure_answer(step, content)
+            return SiteAgent(self.home, pinned=self.pinned).secure_answer(step, content)
         except ProtocolError:
             return Refusal(self.name, "protocol").pack()
         except JobRefused as refusal:
@@ -107,18 +112,19 @@ def text_of(content: RecordDict) -> str:
 
 @dataclass
 class Federation:
-    """Sites behind a link, their common roster and what they are asked to do."""
+    """Sites behind a link, their common roster and what they are asked to do, perhaps signed."""
 
     job: JobSpec
     link: ProtocolLink
     roster: Roster
     model: Mapping[str, Tensor]
+    authorisation: JobAuthorisation | None = None
 
     def session(self, number: int = 1, attempt: int = 1, phase: Phase = "train") -> Session:
         return Session(job=self.job.sha256, phase=phase, round=number, attempt=attempt)
 
     def task(self, number: int = 1) -> Task:
-        return Task(self.job, number, self.model)
+        return Task(self.job, number, self.model, self.authorisation)
 
     def begin(self, session: Session) -> Attempt:
         bounds = Bounds(1, max(self.job.minimum_sites, self.roster.threshold))

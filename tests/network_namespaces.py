@@ -59,10 +59,10 @@ class Network:
 
     @classmethod
     @contextmanager
-    def open(cls) -> Iterator[Network]:
-        """Make the network; everything of it is gone afterwards."""
+    def open(cls, isolated: bool = True) -> Iterator[Network]:
+        """Make the network, without namespaces if asked; everything of it is gone afterwards."""
         with ExitStack() as stack:
-            network = cls(_allowed(), f"fc{secrets.token_hex(3)}", stack)
+            network = cls(isolated and _allowed(), f"fc{secrets.token_hex(3)}", stack)
             if network.isolated:
                 network._make(network._bridge)
                 inside = ("-n", network._bridge)

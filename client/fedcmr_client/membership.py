@@ -4,6 +4,7 @@
 
     federation/        0700
     ├── tls.key        key of the certificate; 0600, never copied
+    ├── tls.key.next   the key that is to take its place, until there is a certificate for it
     ├── node.key       key by which Flower knows the site (OpenSSH); sites only, 0600
     ├── request.json   what was asked for; there once all keys are
     ├── authority.pem, certificate.pem   from the kit, as TLS libraries want them
@@ -16,6 +17,7 @@ The kit's authority and coordinator key are pinned by the first kit: no later on
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,10 +45,10 @@ from fedcmr_shared.identity.certificates import (
     is_issued_by,
     key_pem,
     member_of,
-    new_key,
     read_certificate,
     read_key,
 )
+from fedcmr_shared.identity.certificates import new_key as draw_key
 from fedcmr_shared.identity.enrolment import EnrolmentRequest, StartupKit, file_text
 
 if TYPE_CHECKING:
@@ -84,7 +86,7 @@ class Membership:
                 f"{folder} holds a request already: send {made.request_path}, or move the folder "
                 "away to ask anew"
             )
-        key = new_key()
+        key = draw_key()
         node = ec.generate_private_key(ec.SECP384R1()) if with_node_key else None
         asked = EnrolmentRequest.sign(
             member, identity, certificate_request(key, member), _public(node) if node else None
@@ -148,6 +150,7 @@ class Membership:
         except OSError as error:
             message = f"{self.certificate_path} cannot be read ({error.strerror})"
             raise ConfigurationError(f"{message}: join with the kit again") from error
+        self._finish_key_change(certificate)
         self._require_mine(certificate, read_certificate(kit.authority), "certificate.pem")
         return certificate
 
@@ -220,9 +223,21 @@ class Membership:
         )
         self._left_path.unlink(missing_ok=True)
 
-    def renewal_request(self) -> str:
-        """Return a certificate request (PEM) for the same key and name."""
-        return certificate_request(self.key, self.member)
+    @property
+    def changing_key(self) -> bool:
+        """Whether a new key waits for its certificate."""
+        return self._next_key_path.exists()
+
+    def renewal_request(self, *, new_key: bool = False) -> str:
+        """Return a certificate request (PEM) for the same name, and the same or a new key.
+
+        A new key is kept aside until `replace_certificate` brings its certificate.
+        """
+        if not new_key:
+            return certificate_request(self.key, self.member)
+        drawn = draw_key()
+        _write({self._next_key_path: key_pem(drawn)})
+        return certificate_request(drawn, self.member)
 
     def replace_certificate(self, pem: str) -> None:
         """Take a renewed certificate; connections made from now on show it.
@@ -231,13 +246,16 @@ class Membership:
             ConfigurationError: it is of another authority, for another key or member, expires
                 before the present one, or cannot be written.
         """
-        renewed = read_certificate(pem)
-        self._require_mine(renewed, read_certificate(self.kit.authority), "the renewed certificate")
+        renewed, present = read_certificate(pem), self.certificate
+        key = self._next_key(renewed) or self.key
+        authority = read_certificate(self.kit.authority)
+        self._require_mine(renewed, authority, "the renewed certificate", key)
         if member_of(renewed) != self.member:
             raise ConfigurationError("the renewed certificate names another member: keep the old")
-        if renewed.not_valid_after_utc < self.certificate.not_valid_after_utc:
+        if renewed.not_valid_after_utc < present.not_valid_after_utc:
             raise ConfigurationError("the renewed certificate ends before the present: keep that")
         _write({self.certificate_path: certificate_pem(renewed).encode()})
+        self._finish_key_change(renewed)
 
     def leave(self, now: datetime | None = None) -> None:
         """Mark that the member left: its agent no longer starts; keys and kit are kept."""
@@ -255,7 +273,7 @@ class Membership:
         if left is not None:
             raise ConfigurationError(
                 f"this site left the federation on {left:%Y-%m-%d}: to come back, ask the "
-                "coordinator for a new kit and run `fedcmr site join KIT`"
+                "coordinator for a kit and run `fedcmr site join KIT`"
             )
         if days_left(certificate, now) <= 0:
             raise ConfigurationError(
@@ -324,12 +342,37 @@ class Membership:
     def _left_path(self) -> Path:
         return self.folder / "left.json"
 
+    @property
+    def _next_key_path(self) -> Path:
+        return self.folder / "tls.key.next"
+
+    def _next_key(self, certificate: x509.Certificate) -> PrivateKey | None:
+        """The new key, if it is the one that ``certificate`` is for."""
+        try:
+            key = read_key(self._next_key_path.read_bytes())
+        except (OSError, ConfigurationError):
+            return None
+        return key if fits_key(certificate, key) else None
+
+    def _finish_key_change(self, certificate: x509.Certificate) -> None:
+        """Let a new key take its place once its certificate has, also after a crash in between."""
+        if self._next_key(certificate) is None:
+            return
+        try:
+            os.replace(self._next_key_path, self.key_path)
+        except OSError as error:
+            raise ConfigurationError(f"{self.key_path}: {error.strerror}: free the disk") from error
+
     def _require_mine(
-        self, certificate: x509.Certificate, authority: x509.Certificate, what: str
+        self,
+        certificate: x509.Certificate,
+        authority: x509.Certificate,
+        what: str,
+        key: PrivateKey | None = None,
     ) -> None:
         if not is_issued_by(certificate, authority):
             raise ConfigurationError(f"{what}: the federation's authority did not sign it")
-        if not fits_key(certificate, self.key):
+        if not fits_key(certificate, key or self.key):
             raise ConfigurationError(
                 f"{what}: the certificate is not for the key in {self.key_path}: it answers "
                 f"another request; send {self.request_path} to the coordinator"

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from fedcmr_client.agent_settings import AgentSettings
 from fedcmr_client.governance import Governance
 from fedcmr_client.site_home import SiteHome
-from fedcmr_client.tunnel import Tunnel
+from fedcmr_client.tunnel import Tunnel, probe
 from fedcmr_shared.errors import ConnectionProblem, FederationError
 
 
@@ -27,10 +27,12 @@ def governance_of(home: SiteHome) -> Iterator[Governance]:
     membership = home.membership
     membership.require_joined()
     route = membership.route(AgentSettings.load(home.folder).forward_proxy())
+    credentials = membership.credentials()
+    probe(route, credentials)  # says at once, and best, what stands in the way
     # Of the system's temporary folders, since a socket's path may not be long.
     with (
         TemporaryDirectory(prefix="fedcmr-") as folder,
-        Tunnel(route, membership.credentials(), Path(folder)) as tunnel,
+        Tunnel(route, credentials, Path(folder)) as tunnel,
         Governance(tunnel.governance_target) as governance,
     ):
         try:

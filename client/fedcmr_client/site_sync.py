@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
+from fedcmr_client.announced import is_over, refused_by
 from fedcmr_client.cosigning import publish_and_cosign
-from fedcmr_client.governance import Condition, Governance
+from fedcmr_client.governance import Condition, Governance, ListedJob
 from fedcmr_client.pauses import held_by
 from fedcmr_client.roster_news import RosterNews
 from fedcmr_shared.errors import ConnectionProblem, FedcmrError, FederationError
@@ -35,15 +36,18 @@ LAST_WORD_S: Final = 5.0
 _log = logging.getLogger("fedcmr.site")
 
 
-def renew_certificate(membership: Membership, governance: Governance) -> None:
-    """Fetch a new certificate for the same key and take it.
+def renew_certificate(
+    membership: Membership, governance: Governance, *, new_key: bool = False
+) -> None:
+    """Fetch a new certificate, for the same or a new key, and take it.
 
     Raises:
         ConnectionProblem: the coordinator cannot be reached.
         FederationError: it refuses.
         ConfigurationError: what it sent cannot be used; the present one stays.
     """
-    membership.replace_certificate(governance.renew(membership.renewal_request()))
+    request = membership.renewal_request(new_key=new_key)
+    membership.replace_certificate(governance.renew(request))
     until = membership.certificate.not_valid_after_utc
     _log.info("the certificate was renewed: it is valid until %s", f"{until:%Y-%m-%d}")
 
@@ -70,6 +74,7 @@ class SiteSync:
         self._thread = threading.Thread(target=self._keep_up, name="sync", daemon=True)
         self._problem: str | None = None
         self._receipts: dict[Hash, set[Receipt]] = {}
+        self._told: set[Hash] = set()
 
     @property
     def problem(self) -> str | None:
@@ -151,21 +156,33 @@ class SiteSync:
         return "attention" if self._attention() else "ready"
 
     def _renew(self, governance: Governance) -> None:
-        if days_left(self._home.membership.certificate) <= WARNING_DAYS:
-            renew_certificate(self._home.membership, governance)
+        membership = self._home.membership
+        changing = membership.changing_key  # an answer was lost: the old one soon ends
+        if changing or days_left(membership.certificate) <= WARNING_DAYS:
+            renew_certificate(membership, governance, new_key=changing)
 
     def _hand_in_receipts(self, governance: Governance) -> None:
         """Sign a receipt for each start of this coordinator's jobs that it has none of yet.
 
         Other coordinators' jobs are none of its business, and are not named.
         """
-        jobs = {job.spec.sha256 for job in governance.jobs()}
+        announced = governance.jobs()
+        self._tell_new(announced)
+        jobs = {job.spec.sha256 for job in announced}
         for receipt in self._own_receipts(jobs):
             if receipt.job not in self._receipts:
                 self._receipts[receipt.job] = set(governance.receipts(receipt.job))
             if receipt not in self._receipts[receipt.job]:
                 governance.put_receipt(receipt)
                 self._receipts[receipt.job].add(receipt)
+
+    def _tell_new(self, announced: Sequence[ListedJob]) -> None:
+        for job in announced:
+            if is_over(job) or job.spec.sha256 in self._told:
+                continue
+            self._told.add(job.spec.sha256)
+            refused = ", ".join(refused_by(self._home, job)) or "nothing: it takes part"
+            _log.info("job %s is announced; against it: %s", job.spec.name, refused)
 
     def _own_receipts(self, jobs: Collection[Hash]) -> list[Receipt]:
         identity = self._home.identity()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -82,7 +82,7 @@ def answers_of(link: SiteLink, run: JobRun, job: JobSpec) -> SiteAnswers:
         ConfigurationError: the roster has too few sites for the job.
     """
     if job.aggregation == "plain_with_local_dp":
-        return PlainAnswers(link)
+        return PlainAnswers(link, run.members)
     return SecureAnswers(SecureSums(link, run, job, run.roster))
 
 
@@ -125,13 +125,14 @@ class SecureAnswers:
 
 @dataclass(frozen=True)
 class PlainAnswers:
-    """Answers in the open."""
+    """Answers in the open; with ``members``, those of these sites alone."""
 
     link: SiteLink
+    members: Collection[str] | None
 
     def updates(self, task: Task) -> Updates:
         """See :class:`SiteAnswers`."""
-        found = _ask(self.link, "train", task, Update)
+        found = self._ask("train", task, Update)
         weights = {site: task.job.weight(site) for site in found.by_site}
         means = {site: MeanUpdate(u.delta, weights[site]) for site, u in found.by_site.items()}
         losses = {site: u.loss for site, u in found.by_site.items() if u.loss is not None}
@@ -140,7 +141,7 @@ class PlainAnswers:
 
     def totals(self, task: Task) -> Totals:
         """See :class:`SiteAnswers`."""
-        found = _ask(self.link, "evaluate", task, Scores)
+        found = self._ask("evaluate", task, Scores)
         lengths = {name: (length,) for name, (length, _) in totals_layout(task.job).items()}
         for site, scores in found.by_site.items():
             if {name: tuple(total.shape) for name, total in scores.totals.items()} != lengths:
@@ -149,6 +150,36 @@ class PlainAnswers:
                 )
         added = add_totals([found.by_site[site].totals for site in sorted(found.by_site)])
         return Totals(added, len(found.by_site), found.bytes_up, found.bytes_down)
+
+    def _ask(self, phase: Phase, task: Task, kind: type[Answer]) -> _Answers[Answer]:
+        """Send ``task`` to every connected site; keep the answers that belong to it."""
+        nodes = self.link.connected(task.job.minimum_sites, CONNECT_TIMEOUT_S)
+        content = task.pack()
+        contents = dict.fromkeys(nodes, content)
+        replies = dict(self.link.exchange(phase, contents, task.job.round_timeout_s))
+        asked = task.round, state_sha256(task.state)
+        by_site: dict[str, Answer] = {}
+        refusals: list[str] = []
+        bytes_up = 0
+        for node in sorted(replies):
+            answer = unpack_answer(replies[node])
+            if self.members is not None and answer.site not in self.members:
+                _log.warning("node %d answers as %r: not a site of the job", node, answer.site)
+            elif isinstance(answer, Refusal):
+                refusals.append(f"{answer.site} ({answer.code}: {REFUSAL_CODES[answer.code]})")
+                _log.warning("round %d refused by %s", task.round, refusals[-1])
+            elif answer.site in by_site:
+                raise FederationError(f"two nodes answered as site {answer.site}")
+            else:
+                by_site[answer.site] = _checked(answer, kind, asked)
+                bytes_up += content_bytes(replies[node])
+        if len(by_site) < max(task.job.minimum_sites, 1):
+            raise SitesMissing(
+                f"round {task.round}: {len(by_site)} of at least {task.job.minimum_sites} sites "
+                f"answered `{phase}`; refused by {', '.join(refusals) or 'none'}; see the sites' "
+                "logs"
+            )
+        return _Answers(by_site, bytes_up, content_bytes(content) * len(nodes))
 
 
 def add_totals(totals: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -164,6 +195,15 @@ class _Answers(Generic[Answer]):
     bytes_down: int
 
 
+def _checked(answer: Update | Scores, kind: type[Answer], asked: tuple[int, str]) -> Answer:
+    """Return an answer of the right kind for the round and model that were ``asked`` about."""
+    if not isinstance(answer, kind):
+        raise FederationError(f"site {answer.site} sent another answer than {kind.__name__}")
+    if (answer.round, answer.model_sha256) != asked:
+        raise FederationError(f"site {answer.site} answered for another round or model")
+    return answer
+
+
 def _survivors(opened: tuple[Opened, ...]) -> int:
     return sum(len(each.survivors) for each in opened)
 
@@ -171,35 +211,3 @@ def _survivors(opened: tuple[Opened, ...]) -> int:
 def _weighted(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
     total = sum(weights[site] for site in sorted(values))
     return sum(values[site] * weights[site] for site in sorted(values)) / total
-
-
-def _ask(link: SiteLink, phase: Phase, task: Task, kind: type[Answer]) -> _Answers[Answer]:
-    """Send ``task`` to every connected site; keep the answers that belong to it."""
-    nodes = link.connected(task.job.minimum_sites, CONNECT_TIMEOUT_S)
-    content = task.pack()
-    contents = dict.fromkeys(nodes, content)
-    replies = dict(link.exchange(phase, contents, task.job.round_timeout_s))
-    base = state_sha256(task.state)
-    by_site: dict[str, Answer] = {}
-    refusals: list[str] = []
-    bytes_up = 0
-    for node in sorted(replies):
-        answer = unpack_answer(replies[node])
-        if isinstance(answer, Refusal):
-            refusals.append(f"{answer.site} ({answer.code}: {REFUSAL_CODES[answer.code]})")
-            _log.warning("round %d refused by %s", task.round, refusals[-1])
-            continue
-        if not isinstance(answer, kind):
-            raise FederationError(f"site {answer.site} sent another answer than `{phase}` asks")
-        if (answer.round, answer.model_sha256) != (task.round, base):
-            raise FederationError(f"site {answer.site} answered for another round or model")
-        if answer.site in by_site:
-            raise FederationError(f"two nodes answered as site {answer.site}")
-        by_site[answer.site] = answer
-        bytes_up += content_bytes(replies[node])
-    if len(by_site) < max(task.job.minimum_sites, 1):
-        raise SitesMissing(
-            f"round {task.round}: {len(by_site)} of at least {task.job.minimum_sites} sites "
-            f"answered `{phase}`; refused by {', '.join(refusals) or 'none'}; see the sites' logs"
-        )
-    return _Answers(by_site, bytes_up, content_bytes(content) * len(nodes))

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedcmr_server.job_run import JobRun, StoredRun
 from fedcmr_server.job_states import TransitionRefused
 from fedcmr_server.links import FlowerLink, SiteLink, SitesMissing
+from fedcmr_server.log_files import log_beside_superlink
 from fedcmr_server.rounds import run_job
 from fedcmr_server.store import Jobs, StoreUnreachable
 from fedcmr_shared.errors import ConfigurationError, FedcmrError
@@ -51,7 +52,8 @@ def carry_job(link: SiteLink, run: StoredRun) -> None:
             was cancelled, or which another run carries by now, changes nothing.
     """
     jobs = Jobs(run.store)
-    jobs.change(run.job_id, "start", run=run.run)
+    name = jobs.change(run.job_id, "start", run=run.run).name
+    _log.info("job %s: carried by run %s", name, run.run)
     try:
         last = run_job(link, run)
     except (TransitionRefused, StoreUnreachable):
@@ -64,7 +66,7 @@ def carry_job(link: SiteLink, run: StoredRun) -> None:
         raise
     over = last.round == run.job.rounds
     jobs.change(run.job_id, "finish" if over else "paused", run=run.run)
-    _log.info("job %s: %s after round %d", run.job_id, "over" if over else "paused", last.round)
+    _log.info("job %s: %s after round %d", name, "over" if over else "paused", last.round)
 
 
 app = ServerApp()
@@ -76,6 +78,7 @@ def _main(grid: Grid, context: Context) -> None:
     if not job:
         raise ConfigurationError("the run configuration names no job")
     home = _home()
+    log_beside_superlink(home.logs)
     with home.store(_PATIENCE_S) as store:
         carry_job(FlowerLink(grid), StoredRun(store, home.jobs, job, str(context.run_id)))
 

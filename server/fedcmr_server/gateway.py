@@ -46,8 +46,11 @@ FLEET_PATHS: Final = (
 SERVICES: Final = ("fedcmr.governance.v1.Governance", "grpc.health.v1.Health")
 """gRPC services that members reach."""
 
-LARGEST_BODY_MB: Final = 16
+FLEET_BODY_MB: Final = 16
 """Flower sends arrays in pieces of 5 MB."""
+
+GOVERNANCE_BODY_MB: Final = 80
+"""A bundle of evidence comes in one call, with at most 64 MiB besides the heads of its pieces."""
 
 _STRANGER_RATE: Final = 20  # requests a second of an address, for browsers with a link
 _QUERY: Final = re.compile(r"\?[^\s\"]*")
@@ -134,7 +137,8 @@ def nginx_settings(home: CoordinatorHome, superlink_port: int, superlink_root: P
         stranger_rate=_STRANGER_RATE,
         fleet="|".join(FLEET_PATHS),
         services="|".join(name.replace(".", r"\.") for name in SERVICES),
-        body_mb=LARGEST_BODY_MB,
+        fleet_body_mb=FLEET_BODY_MB,
+        governance_body_mb=GOVERNANCE_BODY_MB,
         superlink_port=superlink_port,
         superlink_root=os.path.relpath(superlink_root, home.run),
         key_header=FLEET_HTTP_PUBLIC_KEY_HEADER,

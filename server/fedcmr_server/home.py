@@ -11,6 +11,7 @@
     logs/      one JSON object a line
     jobs/      models, one folder a job
     releases/  released models
+    evidence/  the sites' evidence, one folder a site; made when the first comes
 
 Only the owner may enter it. It appears complete or not at all.
 """
@@ -112,6 +113,9 @@ class CoordinatorSettings(BaseModel):
     )
     log_files: Annotated[int, Field(ge=1, le=1000)] = Field(
         default=20, description="Old log files of 10 MB that are kept, of each kind."
+    )
+    access_log_days: Annotated[int, Field(ge=1, le=36_500)] = Field(
+        default=365, description="The database forgets after so many days who asked for what."
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol
 
-from fedcmr_server.job_states import CARRIED, TransitionRefused
+from fedcmr_server.job_states import CANCELLED, CARRIED, TransitionRefused
 from fedcmr_server.store import Jobs, Store
 from fedcmr_server.store.tables import JobRow
 from fedcmr_server.superlink import FlowerRun, SuperLinkUnreachable
@@ -16,7 +16,8 @@ from fedcmr_shared.errors import FederationError
 from fedcmr_shared.federation.flower_app import app_bundle
 
 GRACE_S: Final = 60.0
-"""A run may carry no job for so long: it is starting, or it ends by itself."""
+"""A run may carry no job for so long: it is starting, or it ends by itself. One whose job was
+cancelled is stopped at once."""
 
 LOOK_S: Final = 10.0
 """How often all runs are looked through."""
@@ -104,14 +105,14 @@ class JobCarrier:
 
     def _stop_idle(self, control: Runs, alive: Collection[FlowerRun]) -> None:
         carriers = {row.run for row in self._jobs.all(CARRIED)}
+        cancelled = {row.id for row in self._jobs.all(CANCELLED)}
         now = time.monotonic()
-        self._idle_since = {
-            run.id: self._idle_since.get(run.id, now) for run in alive if run.id not in carriers
-        }
-        for run, since in self._idle_since.items():
-            if now - since > GRACE_S:
-                _log.warning("run %s carries no job: it is stopped", run)
-                control.stop_run(run)
+        idle = [run for run in alive if run.id not in carriers]
+        self._idle_since = {run.id: self._idle_since.get(run.id, now) for run in idle}
+        for run in idle:
+            if run.job in cancelled or now - self._idle_since[run.id] > GRACE_S:
+                _log.warning("run %s carries no job: it is stopped", run.id)
+                control.stop_run(run.id)
 
     def _start(
         self, control: Runs, due: list[JobRow], room: int, alive: Collection[str | None]

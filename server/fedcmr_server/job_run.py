@@ -9,6 +9,7 @@ their stored results again, or, once shares were asked for, the round is closed.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,10 @@ class JobRun(Protocol):
     @property
     def roster(self) -> Roster:
         """The sites of a job that aggregates securely."""
+
+    @property
+    def members(self) -> Collection[str] | None:
+        """The sites whose answers in the open count; None, in a simulation, for all that come."""
 
     @property
     def authorisation(self) -> JobAuthorisation | None:
@@ -96,6 +101,12 @@ class StoredRun:
         if roster is None:
             raise FederationError(f"job {self.job.name} has no roster: it aggregates in the open")
         return roster
+
+    @property
+    def members(self) -> Collection[str] | None:
+        """See :class:`JobRun`."""
+        roster = self._read[1]
+        return None if roster is None else roster.sites.keys()
 
     @property
     def authorisation(self) -> JobAuthorisation | None:

@@ -63,6 +63,9 @@ ROUND_TRANSITIONS: Final[Mapping[tuple[RoundState | None, RoundEvent], RoundStat
 CARRIED: Final[tuple[JobState, ...]] = ("running", "pausing")
 """States in which a run may work on the job."""
 
+CANCELLED: Final[tuple[JobState, ...]] = ("cancelled",)
+"""States in which none ever will again, although one may not know that yet."""
+
 MOST_LOSSES: Final = 10
 """So many runs in a row may be lost without a new round before the job fails."""
 

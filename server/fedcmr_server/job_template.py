@@ -1,16 +1,14 @@
-"""Jobs as files: a template that explains every field, and the reader."""
+"""A job file to begin with, which explains every field."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Final
 
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.schemas.explained import explained_yaml
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
 from fedcmr_shared.schemas.privacy import EvaluationSpec, PrivacySpec
-from fedcmr_shared.schemas.yaml_files import parse, read_yaml
 
 _HEADER: Final = (
     "A job: what the sites are asked to do. Every field is here with what it means; one that is "
@@ -46,7 +44,7 @@ TEMPLATES: Final[Mapping[str, JobSpec]] = {
 def job_template(kind: str, coordinator: str = "coordinator") -> str:
     """Return the YAML of a ``coordinator``'s job that trains a ``kind`` of model.
 
-    `read_job` reads it.
+    :func:`fedcmr_shared.schemas.job_files.read_job` reads it.
 
     Raises:
         ConfigurationError: there is no template of this kind.
@@ -56,14 +54,3 @@ def job_template(kind: str, coordinator: str = "coordinator") -> str:
         raise ConfigurationError(f"there is no template for {kind!r}: use one of {known}")
     job = TEMPLATES[kind].model_copy(update={"coordinator": coordinator})
     return explained_yaml(job, _HEADER)
-
-
-def read_job(path: Path) -> JobSpec:
-    """Read a job from a YAML or JSON file.
-
-    Raises:
-        ConfigurationError: the file cannot be read, is no mapping, names a field twice or has an
-            absent, unknown or wrong field; the message names all of them.
-    """
-    hint = "correct it, `fedcmr schema show job` explains"
-    return parse(JobSpec, read_yaml(path, "job"), f"job {path}", hint)

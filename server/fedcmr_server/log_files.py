@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from datetime import UTC, datetime
-from logging.handlers import RotatingFileHandler
+from logging.handlers import RotatingFileHandler, WatchedFileHandler
 from pathlib import Path
 from typing import Final
 
@@ -49,3 +49,15 @@ def log_to_files(folder: Path, kept: int) -> None:
         logger.addHandler(handler)
     # Libraries' warnings: what uvicorn or gRPC say of themselves.
     logging.getLogger().addHandler(logging.getLogger("fedcmr").handlers[-1])
+
+
+def log_beside_superlink(folder: Path) -> None:
+    """Have a server app write what it logs into `superlink.log`, which the supervisor rotates.
+
+    Flower throws away what its server apps print.
+    """
+    handler = WatchedFileHandler(folder / "superlink.log", encoding="utf-8")
+    handler.setFormatter(JsonLines())
+    logging.getLogger("fedcmr").setLevel(logging.INFO)
+    for name in ("fedcmr", "flwr"):  # Flower says why an app broke down
+        logging.getLogger(name).addHandler(handler)

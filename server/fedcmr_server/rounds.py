@@ -100,6 +100,7 @@ def _run_round(
         bytes_down=updates.bytes_down,
         model_sha256=state_sha256(state),
     )
+    _log.info("round %d of %d: %d sites", task.round, task.job.rounds, updates.sites)
     return checkpoint
 
 

@@ -32,11 +32,12 @@ __all__ = ["Checkpoint", "RunFolder"]
 class RunFolder:
     """Reads and writes a run folder; see the module for its layout.
 
-    It is the :class:`fedcmr_server.job_run.JobRun` of a simulation: nobody stops that one, and its
-    sites do not ask for signatures.
+    It is the :class:`fedcmr_server.job_run.JobRun` of a simulation: nobody stops that one, its
+    sites do not ask for signatures, and all that are connected take part.
     """
 
     authorisation = None
+    members = None
 
     def __init__(self, root: Path) -> None:
         self.root = root

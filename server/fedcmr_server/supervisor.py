@@ -26,7 +26,7 @@ from fedcmr_server.gateway import Gateway
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_carrier import JobCarrier
 from fedcmr_server.log_files import log_to_files
-from fedcmr_server.store import Certificates, Members, Store
+from fedcmr_server.store import AccessLog, Certificates, Members, Store
 from fedcmr_server.superlink import PROXIES, SuperLink, reconcile_nodes
 from fedcmr_shared.errors import ConfigurationError, FederationError
 from fedcmr_shared.identity.certificates import WARNING_DAYS
@@ -166,7 +166,10 @@ class _Supervisor:
         if self._superlink.renew_certificate() or renewed:
             self._gateway.reload()
             _log.info("certificates were renewed")
-        soon = datetime.now(UTC) + timedelta(days=WARNING_DAYS)
+        now = datetime.now(UTC)
+        kept = timedelta(days=self._home.settings.access_log_days)
+        AccessLog(self._store).forget(now - kept)
+        soon = now + timedelta(days=WARNING_DAYS)
         for member, certificate in Certificates(self._store).expiring(soon):
             if member.state == "active":
                 _log.warning("certificate of %s ends %s", member.name, certificate.not_after)

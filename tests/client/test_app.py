@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,23 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedcmr_client import app as app_module
 from fedcmr_client.agent import SiteAgent
 from fedcmr_client.app import SiteWork, create_client_app
+from fedcmr_client.membership import Membership
 from fedcmr_client.site_home import SiteHome
 from fedcmr_shared.errors import ConfigurationError, DataError, JobRefused, LedgerError
 from fedcmr_shared.federation.messages import Refusal, Scores, Task, Update, unpack_answer
+from fedcmr_shared.identity.certificates import (
+    Member,
+    certificate_pem,
+    issue_member,
+    new_authority,
+)
+from fedcmr_shared.identity.enrolment import StartupKit
+from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
 from fedcmr_shared.schemas.privacy import PrivacySpec
 from fedcmr_shared.schemas.refusals import RefusalCode
+from fedcmr_shared.schemas.signed_job import JobAuthorisation
 from fedcmr_shared.secagg.faults import ProtocolError
 from fedcmr_shared.secagg.messages import STEPS, Step
 
@@ -213,12 +225,42 @@ def test_deployed_site_names_the_missing_setting(monkeypatch: pytest.MonkeyPatch
         app(message, Context(1, 2, {}, RecordDict(), {}))
 
 
-def test_deployed_site_reads_its_policy(
+def test_deployed_site_reads_its_policy_and_works_for_its_coordinator_alone(
     monkeypatch: pytest.MonkeyPatch, make_home: Callable[..., SiteHome], tmp_path: Path
 ) -> None:
     from fedcmr_client.app import app
 
-    monkeypatch.setenv("FEDCMR_POLICY", str(make_home().path))
-    message = Message(make_task().pack(), dst_node_id=2, message_type="train")
-    answer = app(message, Context(1, 2, {}, RecordDict(), {}))
-    assert isinstance(unpack_answer(answer.content), Update)
+    home, key = make_home(), SiteKey.create(tmp_path / "coordinator.pem")
+    monkeypatch.setenv("FEDCMR_POLICY", str(home.path))
+
+    def answer(task: Task) -> object:
+        message = Message(task.pack(), dst_node_id=2, message_type="train")
+        return unpack_answer(app(message, Context(1, 2, {}, RecordDict(), {})).content)
+
+    with pytest.raises(ConfigurationError, match="not joined"):
+        answer(make_task())
+    federation = join(home, key)
+    assert answer(make_task()) == Refusal(home.policy.site, "signature")
+    now = datetime.now(UTC)
+    period = (now - timedelta(hours=1), now + timedelta(hours=1))
+    signed = JobAuthorisation.sign(JOB, federation, period, key)
+    assert isinstance(answer(replace(make_task(), authorisation=signed)), Update)
+
+
+def join(home: SiteHome, coordinator: SiteKey) -> str:
+    """Make the site a member of a new federation; return the SHA-256 of its authority."""
+    member, authority = Member("site", home.policy.site), new_authority("heart")
+    folder = home.membership.folder
+    asked = Membership.create(folder, member, home.identity(), with_node_key=True)
+    certificate = issue_member(authority, asked.certificate_request, member)
+    kit = StartupKit(
+        federation="heart",
+        coordinator="coordinator",
+        coordinator_key=coordinator.public_key,
+        host="heart.example",
+        port=8443,
+        authority=certificate_pem(authority.certificate),
+        certificate=certificate_pem(certificate),
+    )
+    home.membership.join(kit)
+    return home.membership.pinned[0]

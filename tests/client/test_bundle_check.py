@@ -67,7 +67,7 @@ def test_the_app_of_this_version_is_taken() -> None:
     "name",
     [
         "fedcmr_client/__init__.py",
-        "../../home/hospital/.profile",
+        "../../etc/profile",
         "/etc/cron.d/app",
         "..\\..\\app.py",
         symlink("data"),
@@ -104,7 +104,7 @@ def test_a_symlink_in_place_of_the_project_file_is_refused() -> None:
         lambda text: text.replace(f'version = "{__version__}"', 'version = "99.0.0"'),
         lambda text: text.replace("fedcmr-app", "fedcmr-apq"),
         lambda text: text + '\n[tool.flwr.app.config.more]\nkey = ""\n',
-        lambda text: text + "\n[tool.uv]\nindex-url = 'https://example.org'\n",
+        lambda text: text + "\n[tool.uv]\nindex = 'https://example.org'\n",
         lambda text: text + "\n",
     ],
 )

@@ -27,6 +27,7 @@ from fedcmr_shared.identity.certificates import (
     fingerprint,
     issue_member,
     issue_server,
+    key_pem,
     new_authority,
     new_key,
 )
@@ -100,7 +101,8 @@ class TestCreate:
         assert request.node_key is not None
         assert load_ssh_public_key(request.node_key.encode()) == node.public_key()
         key = load_pem_private_key(site.key_path.read_bytes(), password=None)
-        assert key.private_numbers() == site.key.private_numbers()  # type: ignore[union-attr]
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        assert key.private_numbers() == site.key.private_numbers()
         text = site.request_path.read_text()
         assert "PRIVATE" not in text
 
@@ -165,7 +167,7 @@ class TestJoin:
         assert (credentials.key, credentials.certificate) == (site.key_path, site.certificate_path)
         assert route.address == "fl.example.org:8443"
         for protocol in ("http/1.1", "h2"):
-            credentials.tls_context(protocol)  # type: ignore[arg-type]
+            credentials.tls_context(protocol)
 
     def test_nothing_of_a_federation_is_known_before(self, site: Membership) -> None:
         for ask in (lambda: site.kit, lambda: site.pinned, site.require_joined, site.credentials):
@@ -284,6 +286,61 @@ class TestRenewal:
         assert contents(joined.folder) == before
 
 
+class TestNewKey:
+    """The new key takes its place together with its certificate, whatever happens in between."""
+
+    def issue(self, member: Membership, authority: Authority) -> str:
+        request = member.renewal_request(new_key=True)
+        return certificate_pem(issue_member(authority, request, member.member))
+
+    def test_key_and_certificate_change_together(
+        self, joined: Membership, authority: Authority
+    ) -> None:
+        before = joined.key_path.read_bytes()
+        pem = self.issue(joined, authority)
+        assert joined.changing_key
+        assert joined.key_path.read_bytes() == before
+        joined.credentials().tls_context("h2")  # the old ones still go together
+        joined.replace_certificate(pem)
+        assert not joined.changing_key
+        assert joined.key_path.read_bytes() != before
+        assert stat.S_IMODE(joined.key_path.stat().st_mode) == 0o600
+        assert certificate_pem(joined.certificate) == pem
+        joined.credentials().tls_context("h2")
+
+    def test_a_crash_between_the_two_is_mended_at_the_next_look(
+        self, joined: Membership, authority: Authority, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pem = self.issue(joined, authority)
+
+        def killed(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module.os, "replace", killed)
+        monkeypatch.setattr(
+            module, "write_durably", lambda path, content: path.write_bytes(content)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            joined.replace_certificate(pem)
+        monkeypatch.undo()
+        joined.require_joined()
+        joined.credentials().tls_context("h2")
+        assert not joined.changing_key
+
+    def test_a_certificate_for_the_old_key_keeps_that(
+        self, joined: Membership, authority: Authority
+    ) -> None:
+        before = joined.key_path.read_bytes()
+        joined.renewal_request(new_key=True)
+        request = joined.renewal_request()
+        later = datetime.now(UTC) + timedelta(days=1)
+        joined.replace_certificate(
+            certificate_pem(issue_member(authority, request, joined.member, later))
+        )
+        assert joined.key_path.read_bytes() == before
+        assert joined.changing_key
+
+
 class TestExpiryAndLeave:
     def test_an_expired_certificate_says_what_to_do(self, joined: Membership) -> None:
         later = datetime.now(UTC) + timedelta(days=MEMBER_DAYS + 1)
@@ -320,7 +377,7 @@ class TestDamage:
         joined.key_path.write_text("no key")
         with pytest.raises(ConfigurationError, match=r"tls\.key: not a private key"):
             joined.require_joined()
-        joined.key_path.write_bytes(module.key_pem(new_key()))
+        joined.key_path.write_bytes(key_pem(new_key()))
         with pytest.raises(ConfigurationError, match="is not for the key"):
             joined.credentials()
 

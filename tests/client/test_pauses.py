@@ -103,7 +103,7 @@ def test_the_update_is_the_same_with_and_without_a_pause(
 
     steps: list[float] = []  # when each began
     sleeps = 0
-    step = private_trainer.private_gradient
+    step = step_module.private_gradient
 
     def watched(*arguments: Any, **options: Any) -> Any:
         steps.append(clock.now)
@@ -151,7 +151,11 @@ def test_a_pause_before_the_first_step_holds_that_too(
 
     monkeypatch.setattr(private_trainer.PrivateTrainer, "_load", load)
     monkeypatch.setattr(private_trainer, "private_gradient", _everybody)
-    clock.on_sleep = lambda: home.pause.resume() and None
+
+    def resume() -> None:
+        home.pause.resume()
+
+    clock.on_sleep = resume
     home.pause.pause()
     train(home)
     assert loaded_at

@@ -8,6 +8,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
 from hospitals import SECURE, Federation, Hospital, Peer, text_of, write_roster
 from safetensors.torch import load_file
@@ -42,11 +44,13 @@ from fedcmr_shared.federation.secure_messages import (
     read_record,
     read_vector,
 )
+from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, SecureSpec, TrainingSpec
 from fedcmr_shared.schemas.ledger import Admitted, Masked, Phase, Refused, Unmasked
 from fedcmr_shared.schemas.privacy import EvaluationSpec, PrivacySpec
+from fedcmr_shared.schemas.signed_job import JobAuthorisation
 from fedcmr_shared.secagg.layout import encoding_for, following, trained_shapes, weights
 from fedcmr_shared.secagg.messages import Keys, Step, Vector
 from fedcmr_shared.secagg.session import Session
@@ -69,6 +73,8 @@ JOB = JobSpec(
 NAMES = ("east", "north", "south", "west")
 PROTOCOL = "refused: protocol"
 AGGREGATION = "refused: aggregation"
+PHASES: tuple[Phase, ...] = ("train", "evaluate")
+LEDGER_FILES = {"ledger.sqlite", "east.head.json"}
 
 
 @pytest.fixture
@@ -712,6 +718,139 @@ class TestPolicy:
             assert site.entries() == []
         federation.run(federation.session(attempt=2), before="consistency")
         assert isinstance(hospitals(federation)[0].entries()[0], Admitted)
+
+
+FEDERATION = "f0" * 32
+NOW = datetime.now(UTC)
+DAY = timedelta(days=1)
+
+
+class Coordinator:
+    """Whose signature the sites ask for."""
+
+    def __init__(self) -> None:
+        self.key = SiteKey(Ed25519PrivateKey.generate())
+
+    def sign(
+        self,
+        job: JobSpec = JOB,
+        federation: str = FEDERATION,
+        period: tuple[datetime, datetime] = (NOW - DAY, NOW + DAY),
+    ) -> JobAuthorisation:
+        return JobAuthorisation.sign(job, federation, period, self.key)
+
+
+class TestSignedJobs:
+    @pytest.fixture
+    def coordinator(self) -> Coordinator:
+        return Coordinator()
+
+    @pytest.fixture
+    def joined(self, federation: Federation, coordinator: Coordinator) -> Federation:
+        """The federation, its site pinning the coordinator, which signed the job."""
+        for site in hospitals(federation):
+            site.pinned = (FEDERATION, coordinator.key.public_key)
+        federation.authorisation = coordinator.sign()
+        return federation
+
+    def test_a_signed_job_is_summed(self, joined: Federation) -> None:
+        require_sum(joined, joined.run(joined.session()))
+
+    @pytest.mark.parametrize(
+        "forge",
+        [
+            lambda _: None,
+            lambda coordinator: coordinator.sign(JOB.model_copy(update={"rounds": 1})),
+            lambda coordinator: coordinator.sign(federation="e1" * 32),
+            lambda coordinator: coordinator.sign(period=(NOW - 2 * DAY, NOW - DAY)),
+            lambda coordinator: coordinator.sign(period=(NOW + DAY, NOW + 2 * DAY)),
+            lambda coordinator: coordinator.sign(period=(NOW - DAY, NOW + 999 * DAY)),
+            lambda coordinator: coordinator.sign().model_copy(update={"not_after": NOW + 9 * DAY}),
+            lambda _: Coordinator().sign(),
+        ],
+        ids=[
+            "unsigned",
+            "altered",
+            "other-federation",
+            "expired",
+            "early",
+            "too-long",
+            "prolonged",
+            "other-key",
+        ],
+    )
+    def test_no_keys_for_a_job_that_the_coordinator_did_not_sign_so(
+        self,
+        forge: Callable[[Coordinator], JobAuthorisation | None],
+        joined: Federation,
+        coordinator: Coordinator,
+        training: Training,
+    ) -> None:
+        site = hospitals(joined)[0]
+        site.kinds()  # the ledger is there
+        before = site.kept()
+        asked = KeysQuestion(session=joined.session(), job=JOB, authorisation=forge(coordinator))
+        assert text_of(site.answer("keys", pack_record(asked))) == "refused: signature"
+        (entry,) = site.entries()
+        assert isinstance(entry, Refused)
+        assert (entry.job, entry.code, entry.rule) == (JOB.sha256, "signature", "signature")
+        assert not list(site.home.sessions().folder.glob("*.key"))
+        assert training.sites == []
+        after = site.kept()
+        assert before.keys() == after.keys()
+        changed = {Path(name).name for name in after if after[name] != before[name]}
+        assert changed <= LEDGER_FILES
+
+    def test_the_same_question_with_the_signature_gets_keys(self, joined: Federation) -> None:
+        asked = KeysQuestion(session=joined.session(), job=JOB, authorisation=joined.authorisation)
+        site = hospitals(joined)[0]
+        assert not text_of(site.answer("keys", pack_record(asked))).startswith("refused")
+        assert site.entries() == []
+
+    def test_a_signature_that_is_taken_away_after_the_keys_ends_it_before_the_training(
+        self, joined: Federation, training: Training
+    ) -> None:
+        run = joined.run(joined.session(), before="update")
+        joined.authorisation = None
+        site = hospitals(joined)[0]
+        content = question(joined, "update", run.sums[0].questions["east"])
+        assert text_of(site.answer("update", content)) == "refused: signature"
+        assert site.kinds() == ["refused"]
+        assert training.sites == []
+
+    def test_a_finished_job_that_is_played_again_costs_nothing(
+        self, joined: Federation, training: Training
+    ) -> None:
+        places = [(number, phase) for number in (1, 2) for phase in PHASES]
+        for number, phase in places:
+            joined.run(joined.session(number, phase=phase))
+        site = hospitals(joined)[0]
+        assert "closed" in site.kinds()
+        before, trained = site.kept(), len(training.sites)
+        for number, phase in places:
+            for attempt in (1, 2):
+                session = joined.session(number, attempt, phase)
+                asked = KeysQuestion(session=session, job=JOB, authorisation=joined.authorisation)
+                assert text_of(site.answer("keys", pack_record(asked))) == PROTOCOL
+        assert site.kept() == before
+        assert len(training.sites) == trained
+
+    def test_the_rounds_that_a_closed_job_had_left_are_refused_by_the_ledger(
+        self, joined: Federation, training: Training
+    ) -> None:
+        joined.run(joined.session())
+        site = hospitals(joined)[0]
+        with closing(site.home.open_ledger()) as ledger:
+            ledger.finish(JOB.sha256, "cancelled")
+            spent = ledger.spending()
+        before, trained = site.kinds(), len(training.sites)
+        with pytest.raises(AttemptOver):
+            joined.run(joined.session(2))
+        assert site.kinds() == [*before, "refused"]
+        assert (site.entries()[-1].code, site.entries()[-1].rule) == ("declined", "closed")
+        assert len(training.sites) == trained
+        with closing(site.home.open_ledger()) as ledger:
+            assert ledger.spending() == spent
 
 
 @contextmanager

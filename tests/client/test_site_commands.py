@@ -330,8 +330,8 @@ class TestCheck:
         ("text", "message"),
         [
             ("rounds: many\n", "rounds: "),
-            ("simulated: true\n", "simulated: Extra inputs"),
-            ("job: 3\n", "the file: "),
+            ("simulated: true\n", "simulated is unknown"),
+            ("job: 3\n", "should be a valid dictionary"),
             ("resources: {energy_kwh: .inf}\n", "resources.energy_kwh"),
             ("a: 1\na: 2\n", "given twice"),
             ("", "is empty"),

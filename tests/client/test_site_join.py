@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
+from flower_parties import free_port
 from hospitals import SECURE
 
 from fedcmr_client import agent_lock, site_health
 from fedcmr_client.agent_lock import only_agent
 from fedcmr_client.agent_settings import AgentSettings
+from fedcmr_client.governance import ListedJob
 from fedcmr_client.site_health import Health, Problem
 from fedcmr_client.site_home import SiteHome
 from fedcmr_shared.cli import main
@@ -29,6 +31,9 @@ from fedcmr_shared.identity.enrolment import EnrolmentRequest, StartupKit, file_
 from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.identity.roster import Roster, new_roster, read_roster
 from fedcmr_shared.identity.roster_history import RosterVersion, next_version
+from fedcmr_shared.schemas.job import JobSpec, ModelSpec
+from fedcmr_shared.schemas.privacy import PrivacySpec
+from fedcmr_shared.schemas.signed_job import JobAuthorisation
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -40,7 +45,8 @@ def home(
     make_home: Callable[..., SiteHome], make_site: Callable[..., Path], tmp_path: Path
 ) -> SiteHome:
     """A site of before federations: it has a ledger, but no member folder."""
-    return make_home(make_site("alder", 1), roster=tmp_path / "roster.yaml", **SECURE)
+    allowed = {"coordinators": ["coordinator"], "jobs": ["heart"]}
+    return make_home(make_site("alder", 1), roster=tmp_path / "roster.yaml", **allowed, **SECURE)
 
 
 @pytest.fixture
@@ -257,6 +263,21 @@ class Calls:
     def leave(self) -> None:
         self.left = True
 
+    def jobs(self) -> list[ListedJob]:
+        """One job that the coordinator signed, and one of before it that is over."""
+        key, federation = self.coordinator.identity, self.home.membership.pinned[0]
+        now = datetime.now(UTC)
+        spec = JobSpec(
+            name="heart",
+            minimum_sites=3,
+            aggregation="secure_sum",
+            model=ModelSpec(text_encoder="hashed"),
+            privacy=PrivacySpec(noise_multiplier=8.0),
+        )
+        signed = JobAuthorisation.sign(spec, federation, (now, now + timedelta(days=1)), key)
+        old = spec.model_copy(update={"name": "older"})
+        return [ListedJob(old, None, "finished", None), ListedJob(spec, signed, "running", None)]
+
     def renew(self, request: str) -> str:
         later = datetime.now(UTC) + timedelta(days=40)
         member = self.home.membership.member
@@ -415,6 +436,40 @@ class TestRenewAndLeave:
         code, _, errors = run("leave", "--yes")
         assert (code, joined.membership.state) == (1, "joined")
         assert "refuses connections" in errors
+
+
+class TestCoordinator:
+    """What `jobs`, `test-connection` and `start` say of a coordinator."""
+
+    def test_jobs_are_listed_with_the_answer_of_today(
+        self, run: Run, joined: SiteHome, coordinator: Coordinator, calls: Calls
+    ) -> None:
+        (found,) = json.loads(run("jobs", "--json")[1])
+        assert (found["name"], found["state"], found["refused"]) == ("heart", "running", ["roster"])
+        first = coordinator.propose(new_roster(sites(joined)))
+        run("roster", "fetch")
+        run("roster", "accept", "--fingerprint", first.roster.fingerprint)
+        assert "takes part" in run("jobs")[1]
+        older, _ = json.loads(run("jobs", "--all", "--json")[1])
+        assert (older["name"], older["refused"]) == ("older", ["job-name", "signature"])
+
+    def test_a_coordinator_that_is_not_there_is_one_clear_error(
+        self, run: Run, joined: SiteHome, coordinator: Coordinator
+    ) -> None:
+        kit = coordinator.answer(joined.membership.request_path, host="127.0.0.1", port=free_port())
+        run("join", kit, "--fingerprint", StartupKit.read(kit).fingerprint)
+        for command in (["test-connection"], ["renew"], ["roster", "fetch"], ["jobs"]):
+            code, text, errors = run(*command)
+            assert (code, text) == (1, "")
+            assert "refuses connections" in errors
+            assert errors.count("\n") == 1
+
+    @pytest.mark.parametrize("command", ["start", "test-connection", "renew", "jobs"])
+    def test_before_joining_each_says_how(self, run: Run, home: SiteHome, command: str) -> None:
+        run("request")
+        code, _, errors = run(command)
+        assert code == 1
+        assert "fedcmr site join KIT" in errors
 
 
 class TestStatus:

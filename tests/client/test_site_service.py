@@ -254,7 +254,8 @@ def settled(service: SiteService) -> Health:
         health = service.health
         return health if health.problem is None or health.problem.code != "starting" else None
 
-    return wait_for("a first look", look)
+    found: Health = wait_for("a first look", look)
+    return found
 
 
 class TestRunning:

@@ -172,6 +172,32 @@ def _replace(federation: Federation, certificate: str) -> None:
     federation.site.membership.certificate_path.write_text(certificate)
 
 
+def test_a_change_of_the_key_whose_answer_was_lost_is_made_again(
+    federation: Federation,
+) -> None:
+    membership = federation.site.membership
+    before = membership.key_path.read_bytes()
+    with federation.governance() as governance:
+        governance.renew(membership.renewal_request(new_key=True))
+    assert membership.changing_key
+    federation.sync()
+    assert not membership.changing_key
+    assert membership.key_path.read_bytes() != before
+    federation.sync()
+
+
+def test_an_announced_job_is_told_once_with_what_speaks_against_it(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    Jobs(federation.store).submit(job_of("ours"), None, None)
+    with federation.governance() as governance, caplog.at_level("INFO", "fedcmr.site"):
+        sync = SiteSync(federation.site, federation.target, 60)
+        sync.once(governance)
+        sync.once(governance)
+    told = [line for line in caplog.messages if "is announced" in line]
+    assert told == ["job ours is announced; against it: signature"]
+
+
 def test_one_deed_that_fails_stops_no_other(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from starlette.routing import Route
 
 from fedcmr_server.authoriser import authorise, flower_key
 from fedcmr_server.gateway import FLEET_PATHS, Gateway, find_nginx, require_port, take_line
+from fedcmr_server.governance import evidence_files
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.log_files import JsonLines
 from fedcmr_server.members import end_membership
@@ -70,6 +72,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 GOVERNANCE = "/fedcmr.governance.v1.Governance/Anything"
+COUNT = "/fedcmr.governance.v1.Governance/Count"
 PULL = "/v1/fleet/pull-messages"
 
 
@@ -86,6 +89,10 @@ async def tell(request: Request) -> JSONResponse:
     )
 
 
+GRPC = {"content-type": "application/grpc", "te": "trailers"}
+EMPTY = bytes(5)
+"""An empty gRPC message."""
+
 METHODS = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"]
 TELL = Route("/{path:path}", tell, methods=METHODS)
 
@@ -97,9 +104,14 @@ def web_app(store: Store) -> Starlette:
 
 
 class Behind(grpc.GenericRpcHandler):
-    """Answers each gRPC call with the metadata that came with it."""
+    """Answers each gRPC call with the metadata that came with it, `COUNT` with the bytes."""
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
+        if str(details.method) == COUNT:
+            return grpc.stream_unary_rpc_method_handler(
+                lambda pieces, _: str(sum(map(len, pieces))).encode()
+            )
+
         def answer(_: bytes, context: grpc.ServicerContext) -> bytes:
             return json.dumps(
                 [list(map(str, pair)) for pair in context.invocation_metadata()]
@@ -425,6 +437,50 @@ def test_governance_learns_the_verified_certificate_and_nothing_that_a_client_sa
     assert certificates[0].startswith("-----BEGIN%20CERTIFICATE")
 
 
+def test_governance_is_not_reached_over_http_1_which_the_fleet_s_door_speaks(
+    world: World,
+) -> None:
+    # At a hospital every program may knock at that door, and has the site's certificate behind it.
+    def ask() -> int:
+        try:
+            with world.client(world.alder) as client:
+                assert client.post(PULL, headers=shown_key(world.alder)).status_code == 200
+                health = client.post("/grpc.health.v1.Health/Check", headers=GRPC, content=EMPTY)
+                assert client.post(GOVERNANCE, headers=GRPC, content=EMPTY).status_code == (
+                    health.status_code
+                )
+                return health.status_code
+        except httpx.TransportError:  # the worker that ends after a reload
+            return 0
+
+    assert ask() == 403
+    settings = world.home.run / "nginx.conf"
+    written = settings.read_text()
+    rule = "if ($server_protocol != HTTP/2.0) { return 403; }"
+    assert rule in written
+    try:
+        settings.write_text(written.replace(rule, ""))
+        world.gateway.reload()
+        wait_for("what would happen without the rule", lambda: ask() == 200)
+    finally:
+        settings.write_text(written)
+        world.gateway.reload()
+    wait_for("the rule", lambda: ask() == 403)
+
+
+def test_no_http_2_hides_behind_a_handshake_for_http_1(world: World) -> None:
+    context = world.alder.context(world.authority)
+    context.set_alpn_protocols(["http/1.1"])
+    address = ("127.0.0.1", world.home.settings.port)
+    with (
+        socket.create_connection(address, timeout=30) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as stream,
+    ):
+        stream.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        answer = b"".join(iter(lambda: stream.recv(65_536), b""))
+    assert answer.startswith((b"<html>", b"HTTP/1.1 4")), answer[:40]
+
+
 def test_bodies_have_a_size(world: World) -> None:
     with world.client(world.alder) as client:
         piece = b"x" * (6 << 20)
@@ -434,6 +490,16 @@ def test_bodies_have_a_size(world: World) -> None:
         answer = client.post(PULL, headers=shown_key(world.alder), content=too_much)
         assert answer.status_code == 413
         assert client.post("/", content=b"x" * (2 << 20)).status_code == 413
+
+
+def test_evidence_of_64_mib_gets_through_and_not_much_more(world: World) -> None:
+    piece = bytes(1 << 20)
+    with world.channel(world.alder) as channel:
+        count = channel.stream_unary(COUNT)
+        largest = count(repeat(piece, evidence_files.LARGEST >> 20), timeout=120)
+        assert int(largest) == evidence_files.LARGEST
+        with pytest.raises(grpc.RpcError):
+            count(repeat(piece, 90), timeout=120)
 
 
 def test_one_certificate_cannot_ask_without_end_and_takes_nothing_from_others(

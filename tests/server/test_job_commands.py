@@ -23,10 +23,10 @@ from fedcmr_server.commands.coordinator_jobs import JOB_COMMANDS
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_events import event_text
 from fedcmr_server.job_states import JobEvent
-from fedcmr_server.job_template import read_job
 from fedcmr_server.store import Events, Jobs, Rounds, Store
 from fedcmr_shared.cli import main
 from fedcmr_shared.models.bundle import save_bundle, state_sha256
+from fedcmr_shared.schemas.job_files import read_job
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +187,8 @@ class TestStatus:
         assert (row["name"], row["state"], row["round"]) == ("heart", "finished", "2 of 2")
         assert JOB.sha256[:12] in command("status")[1]
         _, out, _ = command("status", "heart")
-        assert "round 1: closed, its sum could not be opened; the model stays" in out
-        assert "evaluation after round 2: psnr 22, 4 sites" in out
+        assert "round 1 closed without an update" in out
+        assert "round 2 scored: PSNR 22.00 dB" in out
         events = command.json("status", "heart")["events"]
         assert [event["number"] for event in events] == list(range(1, len(events) + 1))
 
@@ -211,7 +211,7 @@ class TestWatch:
             Jobs(store).change(JOB.sha256, end, reason="too few sites")
         found, out, err = command("watch", "heart")
         assert found == code
-        assert "submitted, from its seed" in out
+        assert "  submitted\n" in out
         assert ("too few sites" in err) == (code == 1)
         assert "\x1b" not in out
         lines = command("watch", "heart", "--json")[1].splitlines()
@@ -263,49 +263,6 @@ class TestWatch:
 
 
 class TestEventTexts:
-    @pytest.mark.parametrize(
-        ("name", "values", "text"),
-        [
-            ("submit", {"start": {}}, "submitted, from a bundle"),
-            ("authorise", {"not_after": "2030"}, "signed anew, until 2030"),
-            ("start", {"run": "7", "reason": None}, "run 7 carries it"),
-            ("run_lost", {"reason": "too few"}, "its run was lost: too few"),
-            ("paused", {"reason": None}, "paused"),
-            ("round", {"round": 3, "sites": 1, "left_out": 2}, "round 3: 1 site, 2 left out"),
-            (
-                "evaluation",
-                {"round": 3, "closed": True},
-                "evaluation after round 3: closed, its sum could not be opened",
-            ),
-            (
-                "attempt",
-                {
-                    "phase": "train",
-                    "round": 2,
-                    "attempt": 1,
-                    "outcome": "ended",
-                    "reason": "2 left",
-                    "losses": [
-                        {"site": "elm", "step": "keys", "code": "paused"},
-                        {"site": "fir", "step": "keys", "code": None, "fault": "silent"},
-                    ],
-                },
-                "train, round 2, attempt 1 ended: 2 left; lost elm (the site is paused), fir (silent)",
-            ),
-            (
-                "attempt",
-                {"phase": "train", "round": 2, "attempt": 1, "outcome": "opened", "losses": []},
-                None,
-            ),
-            ("unmask_asked", {}, None),
-            ("release", {"path": "heart.zip"}, "released as heart.zip"),
-            ("release_refused", {"gate": "g", "text": "no"}, "not released: g: no"),
-            ("moved", {"b": 1, "a": 2}, "moved: a 2, b 1"),
-        ],
-    )
-    def test_words(self, name: str, values: dict[str, Any], text: str | None) -> None:
-        assert event_text(name, values) == text
-
     def test_every_event_of_a_whole_job_has_words(
         self, home: CoordinatorHome, store: Store
     ) -> None:
@@ -314,7 +271,6 @@ class TestEventTexts:
         for event in Events(store).of(job):
             text = event_text(event.name, event.content)
             assert text
-            assert not text.startswith(f"{event.name}: run")
 
 
 def _read_to_end(descriptor: int) -> None:

@@ -22,7 +22,7 @@ from fedcmr_server.store import Events, Jobs, Rounds, Store, StoreUnreachable, o
 from fedcmr_server.store.jobs import JobStart
 from fedcmr_server.store.tables import JobRow
 from fedcmr_shared.errors import FederationError, ModelError
-from fedcmr_shared.federation.messages import Task
+from fedcmr_shared.federation.messages import Refusal, Task
 from fedcmr_shared.identity.roster import Roster
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.schemas.job import JobSpec, TrainingSpec
@@ -105,6 +105,38 @@ def test_a_job_runs_to_its_end_as_in_a_folder(new_database: NewDatabase, tmp_pat
 
         found = plain.events("round", "evaluation")
         assert without_seconds(found) == without_seconds(folder.events())
+
+
+def test_in_the_open_only_sites_of_the_job_s_roster_count(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {"a": adds(1.0), "b": adds(6.0), "c": adds(2.0)}
+    keys = {name: name * 64 for name in names}
+    job = JOB.model_copy(update={"minimum_sites": 3})
+    answers = {**names, "e": adds(900.0), "f": lambda name, *_: Refusal(name, "paused")}
+    listed = Coordinator(store, tmp_path / "jobs", job, Roster.model_validate({"sites": keys}))
+    run = listed.next_run()
+    carry_job(MemoryLink(answers), run)
+    folder = RunFolder.create(tmp_path / "run", job)
+    expected = run_job(MemoryLink(names), folder)
+    latest = run.latest()
+    assert latest is not None
+    assert state_sha256(latest.state) == state_sha256(expected.state)
+    assert [event["sites"] for event in listed.events("round", "evaluation")] == [3] * 4
+    assert "node 3 answers as 'e': not a site of the job" in caplog.text
+    assert "refused by f" not in caplog.text
+    # A simulation has all that come, so the stranger would have moved the model.
+    strangers = run_job(MemoryLink(answers), RunFolder.create(tmp_path / "open", job))
+    assert state_sha256(strangers.state) != state_sha256(expected.state)
+
+
+def test_strangers_do_not_make_up_for_missing_sites(store: Store, tmp_path: Path) -> None:
+    job = JOB.model_copy(update={"minimum_sites": 3})
+    roster = Roster.model_validate({"sites": {name: name * 64 for name in "abc"}})
+    listed = Coordinator(store, tmp_path / "jobs", job, roster)
+    link = MemoryLink({name: adds(1.0) for name in "abe"})
+    with pytest.raises(SitesMissing, match="2 of at least 3 sites"):
+        carry_job(link, listed.next_run())
 
 
 def test_a_job_starts_from_given_weights(store: Store, tmp_path: Path) -> None:

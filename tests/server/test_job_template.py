@@ -10,10 +10,11 @@ import yaml
 from pydantic import BaseModel
 
 from fedcmr_client.gate import phase_rdp
-from fedcmr_server.job_template import TEMPLATES, job_template, read_job
+from fedcmr_server.job_template import TEMPLATES, job_template
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.privacy.accounting import best_order, epsilon_from_rdp
 from fedcmr_shared.schemas.job import JobSpec
+from fedcmr_shared.schemas.job_files import read_job
 from fedcmr_shared.schemas.policy import BudgetPolicy, SitePolicy
 from fedcmr_shared.schemas.yaml_files import parts
 
@@ -69,6 +70,11 @@ def test_a_template_is_private_and_fits_the_policy_that_sites_start_with(kind: s
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="no template for 'unet': use one of cardiomm"):
         job_template("unet")
+
+
+def test_the_job_of_a_simulation_is_read_too(tmp_path: Path) -> None:
+    path = write(tmp_path, "job: {name: mine, rounds: 7}\nsites: []\n")
+    assert read_job(path) == JobSpec(name="mine", rounds=7)
 
 
 def test_json_is_read_too_and_what_is_left_out_keeps_its_value(tmp_path: Path) -> None:

@@ -611,6 +611,7 @@ class TestEvidence:
         assert checkpoints.newest("alder") == large
         assert checkpoints.newest("birch") is None
         assert checkpoints.contradictions("alder") == []
+        assert checkpoints.contradicting() == []
         with pytest.raises(FederationError, match="no such checkpoint of alder over 30 leaves"):
             checkpoints.cosign(checkpoint(30), "birch", "b" * 64, "f" * 128)
 
@@ -621,6 +622,7 @@ class TestEvidence:
             assert checkpoints.keep(each)
         (pair,) = checkpoints.contradictions("alder")
         assert {each.root for each in pair} == {one.root, other.root}
+        assert checkpoints.contradicting() == ["alder"]
 
     def test_a_receipt_cannot_be_replaced(self, store: Store) -> None:
         receipts, job = Receipts(store), submit(store)

@@ -26,8 +26,8 @@ from fedcmr_server.gateway import require_port
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_carrier import JobCarrier
 from fedcmr_server.kept_process import Backoff, KeptProcess, Program
-from fedcmr_server.store import Jobs, Members, Store, open_store
-from fedcmr_server.store.tables import JobRow
+from fedcmr_server.store import AccessLog, Jobs, Members, Store, open_store
+from fedcmr_server.store.tables import AccessRow, JobRow
 from fedcmr_server.superlink import (
     Control,
     FlowerRun,
@@ -181,6 +181,15 @@ def test_a_run_that_a_killed_supervisor_started_is_not_started_twice(
     Jobs(store).change(job, "start", run="1")  # as the server app itself reports
     carry.step(flower)
     assert (flower.running(), Jobs(store).get(job).run) == (["1"], "1")
+
+
+def test_a_run_whose_job_was_cancelled_is_stopped_at_once(store: Store, flower: Flower) -> None:
+    job = submit(store, "heart")
+    carrier(store).step(flower)
+    assert flower.running() == ["1"]
+    Jobs(store).change(job, "cancel")
+    carrier(store).step(flower)
+    assert flower.running() == []
 
 
 def test_a_run_that_carries_no_job_is_stopped_after_a_while(
@@ -467,11 +476,15 @@ def test_a_coordinator_starts_is_killed_starts_again_and_stops(tmp_path: Path) -
     with home.store() as store:
         alder.join(home, store)
         job = submit(store, "heart")
+        add_old_request(store)
         with coordinator(home) as first:
             first.wait_ready()
             gateway_answers(home, alder)
+            wait_for("an old request to be forgotten", lambda: not has_old_request(store))
             refused_second_start(home)
             running = wait_for("the job's server app", lambda: all_programs(first))
+            carried = f"job heart: carried by run {Jobs(store).get(job).run}"
+            wait_for("what it says", lambda: said(first, carried, "superlink.log"))
             before = Jobs(store).get(job)
             kill_superlink(first, running)
             wait_for("the run to be lost", lambda: Jobs(store).get(job).losses == 1)
@@ -487,7 +500,8 @@ def test_a_coordinator_starts_is_killed_starts_again_and_stops(tmp_path: Path) -
                 assert gone(running)()
                 wait_for("alder's node", lambda: said(second, "site alder"))
                 wait_for("the run to be lost", lambda: Jobs(store).get(job).losses == 2)
-                Jobs(store).change(job, "cancel")
+                make_due(store)
+                cancel_while_it_runs(second, store, job)
                 running = second.programs()
                 assert second.stop() == 0
                 assert gone(running)()
@@ -514,13 +528,37 @@ def kill_superlink(running: Coordinator, programs: dict[str, list[int]]) -> None
     assert said(running, "SuperLink ended")
 
 
+def cancel_while_it_runs(running: Coordinator, store: Store, job: str) -> None:
+    """Cancel the job; its server app ends, and the other programs stay."""
+    apps = wait_for("the server app", lambda: all_programs(running))
+    run = wait_for("the run", lambda: running_job(store, job)).run
+    carried = f"job heart: carried by run {run}"
+    wait_for("it to work", lambda: said(running, carried, "superlink.log"))
+    Jobs(store).change(job, "cancel")
+    wait_for("its end", lambda: not running.programs()["flwr-serverapp"])
+    assert said(running, f"run {run} carries no job: it is stopped")
+    left = running.programs()
+    assert left == {**apps, "flwr-serverapp": []}
+    assert Jobs(store).get(job).state == "cancelled"
+
+
+def add_old_request(store: Store) -> None:
+    long_ago = datetime.now(UTC) - timedelta(days=366)
+    with store.writing() as session:
+        session.add(AccessRow(at=long_ago, member="alder", method="Old", allowed=True, detail=""))
+
+
+def has_old_request(store: Store) -> bool:
+    return any(row.method == "Old" for row in AccessLog(store).newest())
+
+
 def running_job(store: Store, job: str) -> JobRow | None:
     row = Jobs(store).get(job)
     return row if row.run is not None else None
 
 
-def said(running: Coordinator, text: str) -> bool:
-    return any(text in line["text"] for line in running.log())
+def said(running: Coordinator, text: str, log: str = "coordinator.log") -> bool:
+    return any(text in line["text"] for line in running.log(log))
 
 
 def refused_second_start(home: CoordinatorHome) -> None:

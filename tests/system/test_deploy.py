@@ -1,5 +1,6 @@
 """What lies in `deploy/`: units, images, compose files, the chart, and the list of parts."""
 
+import copy
 import json
 import os
 import re
@@ -25,6 +26,7 @@ import yaml
 from deployment import ENVIRONMENT, FEDCMR, Federation, free_port, missing_programs, until
 
 from fedcmr_client.agent_settings import AgentSettings
+from fedcmr_client.membership import Membership
 from fedcmr_client.store.site_store import SiteStore
 from fedcmr_shared import __version__
 from fedcmr_shared.cli import cli
@@ -65,7 +67,12 @@ def require_command(words: Sequence[str]) -> None:
         group = command
     assert command is not None
     assert not isinstance(command, click.Group), words
-    command.make_context(command.name, rest, resilient_parsing=not rest)
+    command = copy.copy(command)  # commands are global, and other tests run them
+    command.params = [copy.copy(parameter) for parameter in command.params]
+    for parameter in command.params:
+        if isinstance(parameter.type, click.Path):
+            parameter.type = click.STRING  # the files are elsewhere
+    command.make_context(command.name, rest, parent=context, resilient_parsing=not rest)
 
 
 # systemd
@@ -155,18 +162,17 @@ def test_service_outlasts_the_patience_of_the_agent() -> None:
     assert patience + 30 <= 120
 
 
-@contextmanager
-def site_of_a_new_federation() -> Iterator[tuple[Federation, Path]]:
-    """A hospital that has joined; the coordinator does not run. Yields its policy."""
+@pytest.fixture(scope="module")
+def federation() -> Iterator[Federation]:
+    """A federation with one hospital, `alder`, which has joined; nothing of it runs."""
     if missing := missing_programs():
         pytest.skip(missing)
     # A short path, for the sockets below it.
-    with TemporaryDirectory(prefix="fc") as folder, Federation.open(Path(folder)) as federation:
+    with TemporaryDirectory(prefix="fc") as folder, Federation.open(Path(folder)) as made:
         store = Path(folder) / "store"
         SiteStore.create(store).close()
-        site = federation.add_site("alder", store)
-        site.join()
-        yield federation, site.policy
+        made.add_site("alder", store).join()
+        yield made
 
 
 @contextmanager
@@ -195,9 +201,33 @@ def answers(url: str) -> bool:
     return done.returncode == 0
 
 
-def test_unit_of_the_site_tells_systemd_how_it_is() -> None:
+def listening(process: int) -> set[str]:
+    """Addresses (hexadecimal, as the kernel writes them) on which a process tree listens."""
+    parents = {
+        int(stat.parent.name): int(stat.read_text().rpartition(")")[2].split()[1])
+        for stat in Path("/proc").glob("[0-9]*/stat")
+    }
+    tree = {process}
+    while more := {child for child, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    held = {
+        os.readlink(link)
+        for each in tree
+        for link in Path(f"/proc/{each}/fd").iterdir()
+        if os.path.lexists(link)
+    }
+    rows = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{process}/net/{table}").read_text().splitlines()[1:]
+    ]
+    # Fields: number, local address, remote address, state (0A listens), …, inode.
+    return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held}
+
+
+def test_unit_of_the_site_tells_systemd_how_it_is(federation: Federation) -> None:
+    policy = federation.sites["alder"].policy
     with ExitStack() as stack:
-        _, policy = stack.enter_context(site_of_a_new_federation())
         port, notify = free_port(), policy.parent / "notify"
         settings = AgentSettings.load(policy.parent).model_copy(update={"health_port": port})
         (policy.parent / "agent.yaml").write_text(settings.text())
@@ -213,17 +243,37 @@ def test_unit_of_the_site_tells_systemd_how_it_is() -> None:
         # Alive, and not ready: there is no coordinator.
         assert answers(f"http://127.0.0.1:{port}/healthz")
         assert not answers(f"http://127.0.0.1:{port}/readyz")
+        # The tunnel, the health page and SuperNode, each reached from this machine alone.
+        until(lambda: len(listening(agent.pid)) == 3, "three listeners")
+        assert all(address.startswith("0100007F:") for address in listening(agent.pid))
         agent.send_signal(signal.SIGTERM)
         until(lambda: manager.recv(100) == b"STOPPING=1", "the agent to say that it stops")
         assert agent.wait(60) == 0
 
 
-def test_unit_of_the_coordinator_serves_its_health() -> None:
-    with ExitStack() as stack:
-        federation, _ = stack.enter_context(site_of_a_new_federation())
-        words = [str(FEDCMR), *exec_start("coordinator")[1:]]
-        words[words.index("--coordinator") + 1] = str(federation.home)
-        coordinator = stack.enter_context(started(federation.host.command(words), {}))
+def test_site_that_left_is_not_started_again(federation: Federation, tmp_path: Path) -> None:
+    (condition,) = unit(DEPLOY / "systemd" / "fedcmr-site.service")["ConditionPathExists"]
+    assert condition.startswith("!")
+    mark = Path(condition.removeprefix("!")).relative_to(f"{STATE}/site")
+    shutil.copytree(federation.sites["alder"].policy.parent / mark.parent, tmp_path / mark.parent)
+    Membership(tmp_path / mark.parent).leave()
+    assert (tmp_path / mark).is_file()
+
+
+def test_keys_of_a_site_are_its_own(federation: Federation) -> None:
+    site = federation.sites["alder"]
+    folder = site.policy.parent
+    for private in (folder, folder / "federation", folder / "ledger", site.store):
+        assert private.stat().st_mode & 0o777 == 0o700, private
+    keys = [folder / name for name in ("federation/tls.key", "federation/node.key")]
+    for key in (*keys, folder / "ledger" / "site.key", site.store / "site.secret"):
+        assert key.stat().st_mode & 0o777 == 0o600, key
+
+
+def test_unit_of_the_coordinator_serves_its_health(federation: Federation) -> None:
+    words = [str(FEDCMR), *exec_start("coordinator")[1:]]
+    words[words.index("--coordinator") + 1] = str(federation.home)
+    with started(federation.host.command(words), {}) as coordinator:
         assert coordinator.stdout is not None
         assert "ready" in coordinator.stdout.readline()
         url = f"https://127.0.0.1:{federation.port}/healthz"
@@ -616,7 +666,7 @@ def test_list_of_parts_names_every_library(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page_names_files_and_commands_that_exist(page: Path) -> None:
-    text = page.read_text()
+    text = page.read_text().replace("\\\n", " ")
     for name in re.findall(r"(?<![\w/])deploy/[\w./-]*[\w]", text):
         assert (ROOT / name).exists(), name
     # Commands behind sudo, docker or kubectl; test_docs checks the others.

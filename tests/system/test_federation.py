@@ -18,9 +18,9 @@ from network_namespaces import NO_NAMESPACES
 from small_scans import small_store
 
 from fedcmr_client.store.split import SplitFractions
-from fedcmr_server.job_template import read_job
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.identity.roster import read_roster
+from fedcmr_shared.schemas.job_files import read_job
 from fedcmr_simulations.flower_engine import flower_process
 
 __all__ = ["create_database", "postgresql", "short_folder"]

@@ -12,7 +12,7 @@ import click
 
 from fedcmr_client.commands.policy_option import policy_option
 from fedcmr_shared.cli import json_option, print_json, print_table
-from fedcmr_shared.errors import ConfigurationError, JobRefused
+from fedcmr_shared.errors import JobRefused
 
 if TYPE_CHECKING:
     from fedcmr_client.ledger import Ledger
@@ -36,8 +36,9 @@ def check(job: Path, policy_path: Path, as_json: bool) -> None:
 
     from fedcmr_client.gate import examine
     from fedcmr_client.site_home import SiteHome
+    from fedcmr_shared.schemas.job_files import read_job
 
-    spec = _read_job(job)
+    spec = read_job(job)
     home = SiteHome.open(policy_path)
     rows: list[dict[str, Any]] = [
         {"rule": finding.rule, "passed": finding.passed, "text": finding.text}
@@ -67,22 +68,6 @@ def _roster_row(job: JobSpec, home: SiteHome) -> dict[str, Any]:
         return {"rule": "roster", "passed": False, "text": str(refusal)}
     text = f"summed with {len(group.sites) - 1} other sites; {group.threshold} open a sum"
     return {"rule": "roster", "passed": True, "text": text}
-
-
-def _read_job(path: Path) -> JobSpec:
-    from pydantic import ValidationError
-
-    from fedcmr_client.policy import read_yaml
-    from fedcmr_shared.schemas.job import JobSpec
-    from fedcmr_shared.schemas.problems import problems
-
-    content = read_yaml(path, "job")
-    try:
-        # A simulation's configuration holds its job beside other things.
-        return JobSpec.model_validate(content.get("job", content))
-    except ValidationError as error:
-        message = "correct it, `fedcmr schema show job` explains"
-        raise ConfigurationError(f"job {path}: {problems(error)}: {message}") from error
 
 
 def _forecast(job: JobSpec, ledger: Ledger) -> dict[str, Any]:

@@ -134,17 +134,22 @@ def _confirm(kit: StartupKit, given: str | None, *, may_ask: bool) -> None:
 
 
 @click.command()
+@click.option("--new-key", is_flag=True, help="Draw a new key, as when the old one may be known.")
 @policy_option
 @json_option
-def renew(policy_path: Path, as_json: bool) -> None:
-    """Fetch a new certificate now; a running agent does so by itself in time."""
+def renew(new_key: bool, policy_path: Path, as_json: bool) -> None:
+    """Fetch a new certificate now; a running agent does so by itself in time.
+
+    The agent need not be restarted. With a new key the old certificate still passes for some days:
+    if the old key was stolen, have the coordinator revoke it.
+    """
     from fedcmr_client.site_home import SiteHome
     from fedcmr_client.site_link import governance_of
     from fedcmr_client.site_sync import renew_certificate
 
     home = SiteHome.open(policy_path)
     with governance_of(home) as governance:
-        renew_certificate(home.membership, governance)
+        renew_certificate(home.membership, governance, new_key=new_key)
     until = f"{home.membership.certificate.not_valid_after_utc:%Y-%m-%d}"
     if as_json:
         print_json({"certificate_until": until})
@@ -163,7 +168,7 @@ def leave(yes: bool, locally: bool, policy_path: Path, as_json: bool) -> None:
     """Tell the coordinator that this site leaves, and stop taking part.
 
     A running agent stops. Ledger, keys and kit stay: what was spent stays spent, and auditors can
-    still ask for evidence. A new kit of the same federation lets the site come back.
+    still ask for evidence. To come back, ask the coordinator for a kit.
     """
     from fedcmr_client.site_home import SiteHome
     from fedcmr_client.site_link import governance_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,8 +15,6 @@ from fedcmr_shared.cli import json_option, print_json, print_table
 if TYPE_CHECKING:
     from fedcmr_client.governance import ListedJob
     from fedcmr_client.site_home import SiteHome
-
-_OVER: Final = ("finished", "failed", "cancelled")
 
 
 @click.command()
@@ -111,12 +109,13 @@ def jobs(everything: bool, policy_path: Path, as_json: bool) -> None:
 
     Opens no data. For each rule of one job: `fedcmr site check`.
     """
+    from fedcmr_client.announced import is_over
     from fedcmr_client.site_home import SiteHome
     from fedcmr_client.site_link import governance_of
 
     home = SiteHome.open(policy_path)
     with governance_of(home) as governance:
-        announced = [job for job in governance.jobs() if everything or job.state not in _OVER]
+        announced = [job for job in governance.jobs() if everything or not is_over(job)]
     rows = [_job_row(home, job) for job in announced]
     if as_json:
         print_json(rows)
@@ -133,27 +132,14 @@ def jobs(everything: bool, policy_path: Path, as_json: bool) -> None:
 
 
 def _job_row(home: SiteHome, announced: ListedJob) -> dict[str, Any]:
-    from datetime import UTC, datetime
-
-    from fedcmr_client.gate import examine
-    from fedcmr_client.secure_site import summing_group
-    from fedcmr_shared.errors import JobRefused
-    from fedcmr_shared.schemas.signed_job import require_signed
+    from fedcmr_client.announced import refused_by
 
     job = announced.spec
-    findings = examine(job, home.policy, datetime.now().astimezone())
-    refused: list[str] = [finding.rule for finding in findings if not finding.passed]
-    try:
-        require_signed(job, announced.authorisation, home.membership.pinned, datetime.now(UTC))
-        if job.aggregation != "plain_with_local_dp":
-            summing_group(home, job)
-    except JobRefused as refusal:
-        refused.append(refusal.rule)
     return {
         "job": job.sha256,
         "name": job.name,
         "state": announced.state,
         "rounds": job.rounds,
         "aggregation": job.aggregation,
-        "refused": refused,
+        "refused": refused_by(home, announced),
     }

@@ -69,7 +69,7 @@ def submit(
     What it prints are the lines that each site's policy must allow.
     """
     from fedcmr_server import job_control
-    from fedcmr_server.job_template import read_job
+    from fedcmr_shared.schemas.job_files import read_job
 
     job = read_job(job_file)
     with opened(folder) as (home, store):

@@ -11,48 +11,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
-from fedcmr_server.dashboard.words import METRICS
+from fedcmr_server.losses import Loss
 from fedcmr_server.store.tables import EventRow
-from fedcmr_shared.schemas.refusals import REFUSAL_CODES
-
-FAULTS: Final[Mapping[str, str]] = {
-    "malformed": "its message cannot be read",
-    "order": "its message belongs to another step",
-    "repeated": "it answered this step before",
-    "foreign": "its message belongs to another job, round, attempt or roster",
-    "model": "it works on another model",
-    "roster": "it is not on the roster, or came twice",
-    "signature": "its message is not signed with the roster's key",
-    "keys": "its public key is unusable, or was used before",
-    "threshold": "too few sites were left",
-    "share": "its share does not fit",
-    "survivors": "it confirmed another set of sites",
-    "vector": "its masked vector is not the one that it signed",
-    "silent": "it did not answer in time",
-    "refused": "it answered with a code",
-}
-"""What the protocol can find wrong with a site's message; see `fedcmr_shared.secagg.faults`."""
-
-
-_MEANINGS: Final[Mapping[str, str]] = {str(code): text for code, text in REFUSAL_CODES.items()} | {
-    **FAULTS
-}
-
-
-@dataclass(frozen=True, order=True)
-class Loss:
-    """A site that an attempt went on without, and the public code that says why."""
-
-    site: str
-    step: str
-    code: str
-
-    @property
-    def meaning(self) -> str:
-        """What the code means."""
-        return _MEANINGS.get(self.code, "a code that this version does not know")
+from fedcmr_server.words import METRICS
 
 
 @dataclass(frozen=True)
@@ -197,19 +160,12 @@ def _attempt(event: EventRow, before: Attempt | None) -> Attempt:
         survivors=len(_list(values, "survivors")),
         sites=_count(values, "sites"),
         threshold=_count(values, "threshold"),
-        losses=tuple(sorted(_loss(each) for each in _list(values, "losses"))),
+        losses=tuple(sorted(Loss.read(each) for each in _list(values, "losses"))),
         seconds=_number(values, "seconds"),
         bytes_up=_count(values, "bytes_up"),
         bytes_down=_count(values, "bytes_down"),
         unmask_asked=asked,
     )
-
-
-def _loss(values: Mapping[str, Any]) -> Loss:
-    fault, reason = _text(values, "fault"), _text(values, "reason")
-    # The rest of the reason is text that nobody promised to be public.
-    code = reason.partition(":")[0] if fault == "refused" else fault
-    return Loss(_text(values, "site"), _text(values, "step"), code if code in _MEANINGS else fault)
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:

@@ -12,18 +12,20 @@ from typing import Final
 from pydantic import ValidationError
 
 from fedcmr_server.dashboard.charts import Chart, Points, chart
-from fedcmr_server.dashboard.history import Attempt, Evaluation, History, Loss, Training
-from fedcmr_server.dashboard.words import (
+from fedcmr_server.dashboard.history import Attempt, Evaluation, History, Training
+from fedcmr_server.job_states import JobState
+from fedcmr_server.losses import Loss
+from fedcmr_server.store.tables import EventRow, JobRow, ReleaseRow, RoundRow
+from fedcmr_server.words import (
     METRICS,
     NOTHING,
+    PHASES,
     ago,
     bytes_text,
     plural,
     seconds_text,
     utc,
 )
-from fedcmr_server.job_states import JobState
-from fedcmr_server.store.tables import EventRow, JobRow, ReleaseRow, RoundRow
 from fedcmr_shared.audit.claims import delta_text, epsilon_text
 from fedcmr_shared.errors import ConfigurationError, JobRefused
 from fedcmr_shared.privacy.job_claim import JobClaim, PhaseClaim, claim_of
@@ -48,7 +50,6 @@ TONES: Final[Mapping[JobState, str]] = {
 }
 """How a state is drawn; its word always stands beside."""
 
-_PHASES: Final = {"train": "training", "evaluate": "scoring"}
 _AGGREGATION: Final[Mapping[Aggregation, str]] = {
     "secure_sum": "secure sum of all sites",
     "secure_groups": "secure sums of groups of sites",
@@ -242,7 +243,7 @@ def _doing(job: JobRow, rounds: Sequence[RoundRow], history: History, now: datet
     open_attempts = [a for a in history.attempts if a.outcome == "under way"]
     newest = open_attempts[-1] if open_attempts and history.attempts[-1] in open_attempts else None
     if newest is not None:
-        what = f"Round {newest.round}, {_PHASES.get(newest.phase, newest.phase)}"
+        what = f"Round {newest.round}, {PHASES.get(newest.phase, newest.phase)}"
         asked = ", opening the sum" if newest.unmask_asked else ""
         return f"{what}: attempt {newest.number} began {ago(newest.at, now)}{asked}"
     started = [row for row in rounds if row.state == "started"]
@@ -340,7 +341,7 @@ def _claim_figures(claim: JobClaim) -> tuple[Figure, ...]:
         Figure("δ", delta_text(claim.delta)),
         *(
             Figure(
-                f"ε of {_PHASES[phase]}",
+                f"ε of {PHASES[phase]}",
                 "none" if each.epsilon is None else epsilon_text(each.epsilon),
                 _mechanism(phase, each),
             )
@@ -381,7 +382,7 @@ def _claim_sentences(spec: JobSpec, claim: JobClaim) -> Iterable[str]:
             "aggregation fails."
         )
     for phase in claim.without_noise:
-        yield f"Results of {_PHASES[phase]} leave without noise: no ε bounds what they reveal."
+        yield f"Results of {PHASES[phase]} leave without noise: no ε bounds what they reveal."
 
 
 def _score_note(spec: JobSpec | None) -> str:
@@ -477,7 +478,7 @@ _OUTCOME_TONES: Final = {"opened": "good", "ended": "warn", "closed": "bad"}
 def _attempt_line(attempt: Attempt) -> AttemptLine:
     over = attempt.outcome in _OUTCOME_TONES
     return AttemptLine(
-        phase=_PHASES.get(attempt.phase, attempt.phase),
+        phase=PHASES.get(attempt.phase, attempt.phase),
         round=attempt.round,
         number=attempt.number,
         outcome=attempt.outcome,

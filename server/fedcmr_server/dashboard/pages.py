@@ -12,7 +12,7 @@ from starlette.responses import HTMLResponse
 
 from fedcmr_server.dashboard import charts
 from fedcmr_server.dashboard.access import SESSION_LIFE
-from fedcmr_server.dashboard.words import ago, bytes_text, machine, plural, short_utc, utc
+from fedcmr_server.words import ago, bytes_text, machine, plural, short_utc, utc
 from fedcmr_shared import __version__
 
 REFRESH_S: Final = 15

@@ -11,7 +11,7 @@ from sqlalchemy import select
 
 from fedcmr_server.dashboard.job_view import LIVE, JobRows
 from fedcmr_server.dashboard.views import OverviewRows
-from fedcmr_server.store import Events, Jobs, Members, Releases, Rosters, Rounds, Store
+from fedcmr_server.store import Checkpoints, Events, Jobs, Members, Releases, Rosters, Rounds, Store
 from fedcmr_server.store.tables import CertificateRow, EventRow, JobRow, MemberRow
 from fedcmr_shared.identity.roster_history import RosterVersion
 
@@ -42,6 +42,7 @@ class Reader:
             events={job.id: self._events.of(job.id) for job in shown},
             members=Members(self._store).all(),
             certificates=self._certificates(),
+            contradicting=Checkpoints(self._store).contradicting(),
         )
 
     def job(self, job: str) -> JobRows | None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any, Final
 
 from fedcmr_server.dashboard.history import History
 from fedcmr_server.dashboard.job_view import Figure, JobCard, job_card
-from fedcmr_server.dashboard.words import METRICS, NOTHING, ago, plural, seconds_text
+from fedcmr_server.job_events import event_text
 from fedcmr_server.store.tables import CertificateRow, EventRow, JobRow, MemberRow, RoundRow
+from fedcmr_server.words import NOTHING, ago, plural
 from fedcmr_shared.identity.certificates import WARNING_DAYS, spoken
 from fedcmr_shared.identity.roster_history import RosterVersion, changes
 
@@ -30,7 +32,17 @@ _CONDITIONS: Final[Mapping[str, tuple[str, str]]] = {
 """What a site says of itself; see `Condition` in ``governance.proto``."""
 
 _AWAY: Final = ("bad", "wait", "warn")
-_QUIET_EVENTS: Final = ("attempt_started", "unmask_asked", "start", "authorise")
+_QUIET_EVENTS: Final = ("start", "authorise")
+_EVENT_TONES: Final[Mapping[str, str]] = {
+    "run_lost": "warn",
+    "paused": "wait",
+    "resume": "live",
+    "finish": "good",
+    "fail": "bad",
+    "round": "good",
+    "release": "good",
+    "release_refused": "bad",
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,10 @@ class SitesPage:
 
 @dataclass(frozen=True)
 class OverviewRows:
-    """What the store has for the overview: events of the shown jobs alone, in their order."""
+    """What the store has for the overview: events of the shown jobs alone, in their order.
+
+    ``contradicting`` are the names of sites that signed two histories.
+    """
 
     jobs: Sequence[JobRow]
     older: Sequence[JobRow]
@@ -143,6 +158,7 @@ class OverviewRows:
     events: Mapping[str, Sequence[EventRow]]
     members: Sequence[MemberRow]
     certificates: Sequence[CertificateRow]
+    contradicting: Sequence[str]
 
 
 def overview(rows: OverviewRows, now: datetime) -> Overview:
@@ -157,7 +173,7 @@ def overview(rows: OverviewRows, now: datetime) -> Overview:
     active = tuple(line for line in sites if line.state == "active")
     return Overview(
         figures=_figures(cards, active),
-        warnings=tuple(_warnings(cards, active)),
+        warnings=(*_forks(rows.contradicting), *_warnings(cards, active)),
         jobs=cards,
         older=tuple(rows.older),
         sites=active,
@@ -219,61 +235,13 @@ def validity(certificates: Iterable[CertificateRow], now: datetime) -> Validity:
     return Validity(text, "warn" if days < WARNING_DAYS else "good", days)
 
 
-def sentence(name: str, content: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what an event says in words, and how it is drawn."""
-    if name == "round":
-        return _round_sentence(content)
-    if name == "evaluation":
-        return _evaluation_sentence(content)
+def tone(name: str, content: Mapping[str, Any]) -> str:
+    """Return how an event is drawn."""
     if name == "attempt":
-        return _attempt_sentence(content)
-    why = f": {content['reason']}" if content.get("reason") else ""
-    words = {
-        "submit": ("submitted", "quiet"),
-        "run_lost": (f"lost its run{why}", "warn"),
-        "pause": ("is to pause after this round", "quiet"),
-        "paused": ("paused", "wait"),
-        "resume": ("resumed", "live"),
-        "cancel": (f"cancelled{why}", "quiet"),
-        "finish": ("finished", "good"),
-        "fail": (f"failed{why}", "bad"),
-        "release": (f"released as {content.get('path')}", "good"),
-        "release_refused": (f"not released: {content.get('gate')}: {content.get('text')}", "bad"),
-    }
-    return words.get(name, (name.replace("_", " "), "quiet"))
-
-
-def _round_sentence(content: Mapping[str, Any]) -> tuple[str, str]:
-    number = content.get("round")
-    if content.get("closed"):
-        return f"round {number} closed without an update", "warn"
-    seconds = content.get("seconds")
-    took = f" in {seconds_text(seconds)}" if isinstance(seconds, (int, float)) else ""
-    return (
-        f"round {number} committed with {plural(content.get('sites') or 0, 'site')}{took}",
-        "good",
-    )
-
-
-def _evaluation_sentence(content: Mapping[str, Any]) -> tuple[str, str]:
-    found = [
-        f"{metric.name} {metric.text(content[name])}"
-        for name, metric in METRICS.items()
-        if isinstance(content.get(name), (int, float))
-    ]
-    return f"round {content.get('round')} scored: {', '.join(found) or 'no figure'}", "quiet"
-
-
-def _attempt_sentence(content: Mapping[str, Any]) -> tuple[str, str]:
-    what = "training" if content.get("phase") == "train" else "scoring"
-    losses = content.get("losses") or []
-    names = ", ".join(sorted({str(loss.get("site")) for loss in losses}))
-    lost = f", without {names}" if names else ""
-    outcome = content.get("outcome")
-    text = (
-        f"round {content.get('round')}, {what}, attempt {content.get('attempt')}: {outcome}{lost}"
-    )
-    return text, {"opened": "quiet", "ended": "warn"}.get(str(outcome), "bad")
+        return {"opened": "quiet", "ended": "warn"}.get(str(content.get("outcome")), "bad")
+    if name == "round" and content.get("closed"):
+        return "warn"
+    return _EVENT_TONES.get(name, "quiet")
 
 
 def _figures(cards: Sequence[JobCard], sites: Sequence[MemberLine]) -> tuple[Figure, ...]:
@@ -304,6 +272,14 @@ def _days(days: float) -> str:
     if math.isinf(days):
         return "none"
     return plural(math.floor(days), "day") if days >= 0 else "expired"
+
+
+def _forks(sites: Sequence[str]) -> Iterator[str]:
+    for site in sites:
+        yield (
+            f"Ledger of {site}: the site signed two histories of it, and its accounts are not to "
+            "be believed before it has explained them. Both heads are kept as proof."
+        )
 
 
 def _warnings(cards: Sequence[JobCard], sites: Sequence[MemberLine]) -> Iterable[str]:
@@ -350,24 +326,25 @@ def _certificate_line(row: CertificateRow, now: datetime) -> CertificateLine:
 
 
 def _event_lines(rows: OverviewRows, now: datetime) -> list[EventLine]:
-    names = {job.id: job.name for job in rows.jobs}
     lines = [
-        EventLine(event.at, ago(event.at, now), event.job, names[event.job], *said)
-        for events in rows.events.values()
+        line
+        for job in rows.jobs
         # Of each job no more can be among the newest of all.
-        for event in [each for each in events if _is_news(each)][-MOST_EVENTS:]
-        for said in [sentence(event.name, event.content)]
+        for line in islice(_job_lines(job, rows.events.get(job.id, ()), now), MOST_EVENTS)
     ]
     for member in rows.members:
-        text, tone = _membership(member)
-        lines.append(EventLine(member.since, ago(member.since, now), "", member.name, text, tone))
+        text, drawn = _membership(member)
+        lines.append(EventLine(member.since, ago(member.since, now), "", member.name, text, drawn))
     return sorted(lines, key=lambda line: line.at, reverse=True)[:MOST_EVENTS]
 
 
-def _is_news(event: EventRow) -> bool:
-    if event.name == "attempt":  # a round's own event follows one that went well
-        return event.content.get("outcome") != "opened" or bool(event.content.get("losses"))
-    return event.name not in _QUIET_EVENTS
+def _job_lines(job: JobRow, events: Sequence[EventRow], now: datetime) -> Iterator[EventLine]:
+    """What a job's events say, the newest first."""
+    for event in reversed(events):
+        text = None if event.name in _QUIET_EVENTS else event_text(event.name, event.content)
+        if text is not None:
+            drawn = tone(event.name, event.content)
+            yield EventLine(event.at, ago(event.at, now), job.id, job.name, text, drawn)
 
 
 def _membership(member: MemberRow) -> tuple[str, str]:

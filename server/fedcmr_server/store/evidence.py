@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from sqlalchemy import Select, select, update
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.exc import IntegrityError
 
 from fedcmr_server.store.database import Store
@@ -118,6 +118,16 @@ class Checkpoints:
             for first, second in pairwise(found)
             if first.size == second.size and first.root != second.root
         ]
+
+    def contradicting(self) -> list[str]:
+        """Names of the sites that have `contradictions`, sorted."""
+        query = (
+            select(CheckpointRow.site)
+            .group_by(CheckpointRow.site, CheckpointRow.size)
+            .having(func.count(CheckpointRow.root.distinct()) > 1)
+        )
+        with self._store.reading() as session:
+            return sorted(set(session.scalars(query)))
 
     def cosign(self, checkpoint: Checkpoint, site: str, key: str, signature: str) -> bool:
         """Keep ``site``'s signature under a kept checkpoint; False when it had signed already.

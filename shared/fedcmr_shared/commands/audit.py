@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from fedcmr_shared.audit.verify import Findings
     from fedcmr_shared.schemas.ledger import Release
 
-_ORDERS: Final[tuple[int, ...]] = (*range(2, 65), *range(72, 257, 8), 512, 1024)
 
 _FIXED = "holds when all steps were fixed in advance"
 _MEANINGS: Final = {
@@ -129,11 +128,12 @@ def epsilon(
 
 def _best_order(releases: Mapping[Release, int], delta: float) -> int:
     from fedcmr_shared.privacy.accounting import epsilon_from_rdp, total_rdp
+    from fedcmr_shared.privacy.job_claim import ORDERS
 
     def cost(order: int) -> float:
         return epsilon_from_rdp(total_rdp(releases, order), order, delta)
 
-    return min(_ORDERS, key=cost)
+    return min(ORDERS, key=cost)
 
 
 bundle_argument: Callable[[Callable[..., Any]], Callable[..., Any]] = click.argument(

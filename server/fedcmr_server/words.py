@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -14,8 +15,8 @@ _MINUTE, _HOUR, _DAY = 60, 3600, 86_400
 
 
 @dataclass(frozen=True)
-class Metric:
-    """A score as pages name it; ``digits`` are those behind the point."""
+class Score:
+    """A score as people read it; ``digits`` are those behind the point."""
 
     name: str
     unit: str
@@ -36,12 +37,15 @@ class Metric:
         return self.number(value) + unit
 
 
-METRICS: Final = {
-    "psnr": Metric("PSNR", "dB", 2),
-    "ssim": Metric("SSIM", "", 4),
-    "nmse": Metric("NMSE", "", 4),
+METRICS: Final[Mapping[str, Score]] = {
+    "psnr": Score("PSNR", "dB", 2),
+    "ssim": Score("SSIM", "", 4),
+    "nmse": Score("NMSE", "", 4),
 }
-"""The scores that may leave a site, by their name in events."""
+"""The scores that may leave a site, by their name in events and jobs."""
+
+PHASES: Final[Mapping[str, str]] = {"train": "training", "evaluate": "scoring"}
+"""What the sites are at."""
 
 
 def plural(count: int, one: str, many: str | None = None) -> str:
