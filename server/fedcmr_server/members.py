@@ -1,7 +1,7 @@
 """Who joins, leaves and is thrown out, and the roster that follows from it.
 
-A name belongs to one member at a time; keys belong to a membership and never come back. Whoever
-replaces a member's keys says why, and the roster's history keeps it.
+A name belongs to one member at a time. Keys that were revoked or replaced never come back. Whoever
+replaces a member's keys, or lets it come back, says why, and the roster's history keeps it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedcmr_shared.schemas.job import FEWEST_SITES
 TOKEN_HOURS: Final = 1.0
 """So long a one-time link into the dashboard can be used."""
 
-Entry = Literal["new", "unfinished", "same keys", "new keys"]
+Entry = Literal["new", "back", "unfinished", "same keys", "new keys"]
 """How a request relates to the members of now; see `entry_of`."""
 
 
@@ -80,13 +80,16 @@ def entry_of(
     same_name = [row for row in known if row.name == request.name]
     active = next((row for row in same_name if row.state == "active"), None)
     if active is None:
-        _require_fresh_keys(request, same_name)
+        back = bool(same_name) and _comes_back(request, same_name[-1])
+        if not back:
+            _require_fresh_keys(request, same_name)
         if same_name and not replace:
             raise FederationError(
-                f"{request.name} was a member before ({same_name[-1].state}) and comes with other "
-                "keys: ask there whether this is right, then add --replace REASON"
+                f"{request.name} was a member before ({same_name[-1].state}) and comes with "
+                f"{'the same' if back else 'other'} keys: ask there whether this is right, then "
+                "add --replace REASON"
             )
-        return "new"
+        return "back" if back else "new"
     if active.role != request.role:
         raise FederationError(f"{request.name} is {active.role} already: choose another name")
     if (active.identity, active.node_key) == (request.identity, plain_node_key(request)):
@@ -125,6 +128,8 @@ def enrol(
         members.end(request.name, "revoked", f"keys replaced: {replace}")
     if entry in ("new", "new keys"):
         members.add(request.member, request.identity, plain_node_key(request))
+    if entry == "back":
+        members.bring_back(request.name)
     if entry == "same keys":  # at once: its TLS key may have been stolen
         for row in certificates.of(request.name):
             if row.state != "revoked":
@@ -205,12 +210,18 @@ def _require_own_keys(request: EnrolmentRequest, known: Sequence[MemberRow]) -> 
                 )
 
 
+def _comes_back(request: EnrolmentRequest, last: MemberRow) -> bool:
+    """Whether a member that left has come again with all its keys, and so with its ledger."""
+    asked = request.role, request.identity, plain_node_key(request)
+    return last.state == "left" and asked == (last.role, last.identity, last.node_key)
+
+
 def _require_fresh_keys(request: EnrolmentRequest, before: Sequence[MemberRow]) -> None:
     old = {row.identity for row in before} | {row.node_key for row in before if row.node_key}
     if request.identity in old or plain_node_key(request) in old:
         raise FederationError(
-            f"{request.name} comes with a key that it used in an earlier membership: keys never "
-            "come back, ask for a request with new ones"
+            f"{request.name} comes with a key of an earlier membership that was revoked or "
+            "replaced: such keys never come back, ask for a request with new ones"
         )
 
 

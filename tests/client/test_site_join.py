@@ -1,5 +1,6 @@
 """`fedcmr site` on the way into a federation: request, join, status, pause, and the way out."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from fedcmr_client.governance import ListedJob
 from fedcmr_client.site_health import Health, Problem
 from fedcmr_client.site_home import SiteHome
 from fedcmr_shared.cli import main
-from fedcmr_shared.errors import ConfigurationError, ConnectionProblem
+from fedcmr_shared.errors import ConfigurationError, ConnectionProblem, DataError
 from fedcmr_shared.identity.certificates import (
     Authority,
     Member,
@@ -256,6 +257,7 @@ class Calls:
     def __init__(self, coordinator: Coordinator, home: SiteHome) -> None:
         self.coordinator, self.home = coordinator, home
         self.left = False
+        self.handed_in: list[bytes] = []
 
     def roster_history(self) -> list[RosterVersion]:
         return list(self.coordinator.history)
@@ -277,6 +279,13 @@ class Calls:
         signed = JobAuthorisation.sign(spec, federation, (now, now + timedelta(days=1)), key)
         old = spec.model_copy(update={"name": "older"})
         return [ListedJob(old, None, "finished", None), ListedJob(spec, signed, "running", None)]
+
+    def put_evidence(self, path: Path) -> str:
+        try:
+            self.handed_in.append(path.read_bytes())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        return hashlib.sha256(self.handed_in[-1]).hexdigest()
 
     def renew(self, request: str) -> str:
         later = datetime.now(UTC) + timedelta(days=40)
@@ -300,6 +309,18 @@ def calls(joined: SiteHome, coordinator: Coordinator, monkeypatch: pytest.Monkey
 
 def sites(home: SiteHome, **more: str) -> dict[str, str]:
     return {home.policy.site: home.identity().public_key, **OTHERS, **more}
+
+
+def test_evidence_is_handed_in(run: Run, joined: SiteHome, calls: Calls, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle.json"
+    code, _, errors = run("hand-in", bundle)
+    assert (code, calls.handed_in) == (1, [])
+    assert "bundle.json cannot be read" in errors
+    assert run("export-evidence", "--out", bundle)[0] == 0
+    code, text, _ = run("hand-in", bundle)
+    assert code == 0
+    assert calls.handed_in == [bundle.read_bytes()]
+    assert hashlib.sha256(bundle.read_bytes()).hexdigest() in text.replace("\n", "")
 
 
 class TestRoster:

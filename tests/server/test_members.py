@@ -94,7 +94,7 @@ def test_a_taken_name_with_other_keys_needs_a_reason_and_then_the_old_keys_are_o
     assert Certificates(store).holder(fingerprint(read_certificate(old.certificate))) is None
     states = {row.identity: row.state for row in Members(store).all()}
     assert states == {alder.request.identity: "revoked", new.request.identity: "active"}
-    with pytest.raises(FederationError, match="keys never come back"):
+    with pytest.raises(FederationError, match="such keys never come back"):
         alder.join(home, store, "we found it again")
 
 
@@ -103,13 +103,50 @@ def test_who_was_thrown_out_comes_back_with_new_keys_and_a_reason_alone(
 ) -> None:
     alder.join(home, store)
     end_membership(home, store, "alder", "revoked", "a test")
-    with pytest.raises(FederationError, match="keys never come back"):
+    with pytest.raises(FederationError, match="such keys never come back"):
         alder.join(home, store, "please")
     new = again(alder, tmp_path)
     with pytest.raises(FederationError, match="was a member before"):
         new.join(home, store)
     new.join(home, store, "the audit is over")
     assert [row.state for row in Members(store).all()] == ["revoked", "active"]
+
+
+def test_who_left_comes_back_with_its_keys_and_a_reason(
+    home: CoordinatorHome, store: Store, alder: Party
+) -> None:
+    old = alder.join(home, store).kit
+    end_membership(home, store, "alder", "left", "its study ended")
+    with pytest.raises(FederationError, match=r"\(left\) and comes with the same keys"):
+        alder.join(home, store)
+    kit = alder.join(home, store, "another study").kit
+    holder = Certificates(store).holder
+    assert holder(fingerprint(read_certificate(old.certificate))) is None
+    found = holder(fingerprint(read_certificate(kit.certificate)))
+    assert found is not None
+    assert found[0].identity == alder.request.identity
+    assert [row.state for row in Members(store).all()] == ["active"]
+
+
+def test_who_left_with_keys_that_were_replaced_since_does_not_come_back_with_them(
+    home: CoordinatorHome, store: Store, alder: Party, tmp_path: Path
+) -> None:
+    alder.join(home, store)
+    end_membership(home, store, "alder", "left", "its study ended")
+    again(alder, tmp_path).join(home, store, "a new server")
+    end_membership(home, store, "alder", "left", "that one, too")
+    with pytest.raises(FederationError, match="such keys never come back"):
+        alder.join(home, store, "the old server")
+
+
+def test_nobody_is_brought_back_who_did_not_leave(
+    home: CoordinatorHome, store: Store, alder: Party
+) -> None:
+    with pytest.raises(FederationError, match="did not leave"):
+        Members(store).bring_back("alder")
+    alder.join(home, store)
+    with pytest.raises(FederationError, match="did not leave"):
+        Members(store).bring_back("alder")
 
 
 @pytest.mark.parametrize("what", ["identity", "node key", "node key with a comment"])

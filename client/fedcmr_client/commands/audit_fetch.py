@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from fedcmr_shared.cli import json_option, print_json, print_table
-from fedcmr_shared.errors import ConfigurationError, DataError, FederationError, LedgerError
+from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -110,8 +108,12 @@ def fetch(folder: Path, out: Path, proxy: str | None, as_json: bool) -> None:
     The roster and the receipts are checked here; evidence is for `fedcmr audit verify`, with keys
     that the sites themselves gave you.
     """
-    with _governance(_auditor(folder), proxy) as governance:
-        counts = _fetch_all(governance, _auditor(folder).pinned[1], out)
+    from fedcmr_client.site_link import governance_as
+    from fedcmr_client.tunnel import Proxy
+
+    membership = _auditor(folder)
+    with governance_as(membership, None if proxy is None else Proxy.parse(proxy)) as governance:
+        counts = _fetch_all(governance, membership.pinned[1], out)
     if as_json:
         print_json({"folder": str(out), **counts})
         return
@@ -131,29 +133,6 @@ def _auditor(folder: Path) -> Membership:
     if membership.member.role != "auditor":
         raise ConfigurationError(f"{folder} is that of a {membership.member.role}, not an auditor")
     return membership
-
-
-@contextmanager
-def _governance(membership: Membership, proxy: str | None) -> Iterator[Governance]:
-    from tempfile import TemporaryDirectory
-
-    from fedcmr_client.governance import Governance
-    from fedcmr_client.tunnel import Proxy, Tunnel
-    from fedcmr_shared.errors import ConnectionProblem
-
-    membership.require_joined()
-    route = membership.route(None if proxy is None else Proxy.parse(proxy))
-    with (
-        TemporaryDirectory(prefix="fedcmr-") as folder,  # a socket's path may not be long
-        Tunnel(route, membership.credentials(), Path(folder)) as tunnel,
-        Governance(tunnel.governance_target) as governance,
-    ):
-        try:
-            yield governance
-        except (ConnectionProblem, FederationError) as error:
-            if tunnel.problem is not None:
-                raise tunnel.problem from error
-            raise
 
 
 def _fetch_all(governance: Governance, coordinator_key: str, out: Path) -> dict[str, int]:

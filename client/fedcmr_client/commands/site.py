@@ -10,6 +10,7 @@ import click
 
 from fedcmr_client.commands.policy_option import policy_option
 from fedcmr_client.commands.site_check import SHOWN, check
+from fedcmr_client.commands.site_evidence import export_evidence, hand_in
 from fedcmr_client.commands.site_join import (
     explain_request,
     join,
@@ -21,12 +22,11 @@ from fedcmr_client.commands.site_join import (
 from fedcmr_client.commands.site_plan import plan
 from fedcmr_client.commands.site_roster import roster
 from fedcmr_client.commands.site_service import check_connection, jobs, pause, resume, start
-from fedcmr_client.commands.site_status import budget, open_site, status, trust_line
+from fedcmr_client.commands.site_status import budget, find_job, open_site, status, trust_line
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError
 
 if TYPE_CHECKING:
-    from fedcmr_client.ledger import Ledger
     from fedcmr_client.site_home import SiteHome
 
 
@@ -39,6 +39,7 @@ for _command in (
     *(plan, check, status, budget, jobs),
     *(request, join, roster, renew, leave),
     *(start, check_connection, pause, resume),
+    *(export_evidence, hand_in),
 ):
     site.add_command(_command)
 
@@ -246,7 +247,7 @@ def cancel(job: str, policy_path: Path, as_json: bool) -> None:
     """
     _, ledger = open_site(policy_path)
     with ledger:
-        found = _find_job(ledger, job)
+        found = find_job(ledger, job)
         state = ledger.budget.jobs[found]
         if state.closed is not None:
             raise LedgerError(f"job {found[:SHOWN]} is {state.closed} already: nothing to cancel")
@@ -257,36 +258,6 @@ def cancel(job: str, policy_path: Path, as_json: bool) -> None:
     else:
         starts = ", ".join(f"{count} starts to {phase}" for phase, count in released.items())
         click.echo(f"{state.admitted.name} ({found[:SHOWN]}) is cancelled; released: {starts}")
-
-
-@site.command("export-evidence")
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="File to write the bundle to.",
-)
-@click.option("--job", help="Of this job alone: its SHA-256, or how that begins.")
-@policy_option
-@json_option
-def export_evidence(out: Path, job: str | None, policy_path: Path, as_json: bool) -> None:
-    """Write what an auditor needs to check the ledger, or one job, without believing the site.
-
-    A bundle of the whole ledger shows every entry, but no patient and no pseudonym.
-    """
-    from fedcmr_client.evidence import build
-
-    home, ledger = open_site(policy_path)
-    with ledger:
-        found = None if job is None else _find_job(ledger, job)
-        evidence = build(ledger, found)
-    evidence.write(out)
-    key = trust_line(home.policy.site, evidence.public_key)
-    if as_json:
-        summary = {"scope": evidence.scope, "job": found, "leaves": len(evidence.leaves)}
-        print_json({"bundle": str(out), "public_key": evidence.public_key, **summary})
-    else:
-        click.echo(f"{out} holds {len(evidence.leaves)} leaves; auditors trust it by {key}")
 
 
 def _write_home(home: SiteHome) -> None:
@@ -320,11 +291,3 @@ def _write_new(path: Path, text: str) -> None:
         raise ConfigurationError(f"{path} exists: move it away or choose another one") from error
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _find_job(ledger: Ledger, name: str) -> str:
-    found = [job for job in ledger.budget.jobs if job.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    reason = "the ledger admitted no job of that name" if not found else "that fits several jobs"
-    raise LedgerError(f"job {name}: {reason}: see `fedcmr site status --json`")

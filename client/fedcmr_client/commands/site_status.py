@@ -10,7 +10,7 @@ import click
 from fedcmr_client.commands.policy_option import policy_option
 from fedcmr_client.commands.site_check import SHOWN
 from fedcmr_shared.cli import json_option, print_json, print_table
-from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.errors import ConfigurationError, LedgerError
 
 if TYPE_CHECKING:
     from fedcmr_client.ledger import Ledger, Spending
@@ -68,6 +68,19 @@ def open_site(policy_path: Path) -> tuple[SiteHome, Ledger]:
 
     home = SiteHome.open(policy_path)
     return home, home.open_ledger()
+
+
+def find_job(ledger: Ledger, name: str) -> str:
+    """Return the one admitted job whose SHA-256 begins with ``name``.
+
+    Raises:
+        LedgerError: there is none, or there are several.
+    """
+    found = [job for job in ledger.budget.jobs if job.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    reason = "the ledger admitted no job of that name" if not found else "that fits several jobs"
+    raise LedgerError(f"job {name}: {reason}: see `fedcmr site status --json`")
 
 
 def trust_line(site: str, key: str) -> str:

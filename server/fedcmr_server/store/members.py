@@ -95,6 +95,20 @@ class Members:
             )
         return row
 
+    def bring_back(self, name: str, now: datetime | None = None) -> MemberRow:
+        """Make the last membership of ``name``, which left, active again.
+
+        Raises:
+            FederationError: the last membership of this name did not end by leaving.
+        """
+        newest = select(MemberRow).where(MemberRow.name == name).order_by(MemberRow.id.desc())
+        with self._store.writing() as session:
+            row = session.scalars(newest).first()
+            if row is None or row.state != "left":
+                raise FederationError(f"{name} did not leave: only who left comes back")
+            row.state, row.reason, row.since = "active", None, now or datetime.now(UTC)
+        return row
+
     def seen(
         self,
         name: str,

@@ -100,7 +100,10 @@ class Base(MappedAsDataclass, DeclarativeBase, kw_only=True):
 
 
 class MemberRow(Base):
-    """Who is or was a member. A name can come back, with other keys; keys never do.
+    """Who is or was a member.
+
+    Who left can come back with the same keys, which keep its ledger; after a revocation a name
+    comes back with other keys alone.
 
     ``identity`` is the Ed25519 public key (hexadecimal), ``node_key`` (OpenSSH) a site's key in
     Flower. ``seen_at``, ``software`` and ``condition`` are what the member last said of itself.

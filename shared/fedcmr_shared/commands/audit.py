@@ -212,6 +212,7 @@ def _as_json(findings: Findings) -> dict[str, Any]:
         "scope": evidence.scope,
         "job": evidence.job,
         "complete": findings.complete,
+        "cosigners": [asdict(each) for each in findings.cosigners],
         "unit": UNIT,
         "relation": RELATION,
         "budget": {"epsilon": opened.epsilon, "delta": opened.delta, "order": opened.order},

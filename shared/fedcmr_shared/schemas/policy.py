@@ -242,7 +242,8 @@ class SitePolicy(BaseModel):
     quiet_hours: tuple[QuietHours, ...] = Field(
         default=(),
         description="Times of day, as HH:MM-HH:MM in the site's local time, in which no job is "
-        "accepted and no round starts. 22:00-06:00 goes over midnight.",
+        "accepted and no round starts; one that runs waits after its step. 22:00-06:00 goes over "
+        "midnight.",
     )
     max_device_hours: Annotated[Real, Field(ge=0)] = Field(
         default=24.0,
