@@ -54,7 +54,8 @@ class AgentSettings(BaseModel):
     gpus: tuple[Annotated[Whole, Field(ge=0)], ...] | None = Field(
         default=None,
         description="Numbers of the GPUs that training may use, such as [0, 1]; null for all. The "
-        "policy says whether GPUs are used at all (device) and how many processes.",
+        "policy says whether GPUs are used at all (device), and how many by one job (processes). "
+        "Jobs side by side share none: one waits for those of another.",
     )
     workers: Annotated[Whole, Field(ge=1, le=64)] = Field(
         default=4,
@@ -128,11 +129,6 @@ class AgentSettings(BaseModel):
         from fedcmr_client.tunnel import Proxy
 
         return None if self.proxy is None else Proxy.parse(self.proxy, self.proxy_authority)
-
-    @property
-    def cuda_devices(self) -> str | None:
-        """The GPUs as CUDA_VISIBLE_DEVICES names them."""
-        return None if self.gpus is None else ",".join(map(str, self.gpus))
 
     @property
     def worker_memory_mib(self) -> int | None:

@@ -47,6 +47,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fedcmr_client.bundle_check import check_bundle
+from fedcmr_client.gpus import Gpus
 from fedcmr_client.supernode import RuntimeAddress
 from fedcmr_client.worker import (
     PUSHING,
@@ -72,6 +73,9 @@ WHILE_PAUSED: Final[frozenset[Step]] = frozenset({"shares", "consistency", "unma
 They open no data and spend nothing. A sum in which this site takes part already may still be
 opened; the steps that begin one (`keys`) or work on data (`update`, `train`, `evaluate`) may not.
 """
+
+ON_DATA: Final = frozenset({"update", ""})
+"""Steps that train or score; those outside a secure sum have no name."""
 
 # An agent app is never ours. It is fetched all the same, to be refused: the SuperNode hands on one
 # message at a time and would wait for ever for its answer.
@@ -113,7 +117,8 @@ class Runner:
     """Does the tasks of one site until `stop`.
 
     ``record_refusal`` writes a refused bundle's rule into the site's ledger. ``paused`` is asked
-    anew for every task. The workers work by the policy file ``policy`` and with ``app``.
+    anew for every task. The workers work by the policy file ``policy`` and with ``app``; what works
+    on data waits until some of the ``gpus`` are free, where the site uses any.
     """
 
     def __init__(
@@ -125,6 +130,7 @@ class Runner:
         record_refusal: Callable[[str], None],
         paused: Callable[[], bool] = lambda: False,
         limits: WorkerLimits | None = None,
+        gpus: Gpus | None = None,
         app: App = installed_app,
     ) -> None:
         self._source = source
@@ -133,6 +139,7 @@ class Runner:
         self._record_refusal = record_refusal
         self._paused = paused
         self._limits = limits or WorkerLimits()
+        self._gpus = gpus
         self._app = app
         self._processes = _worker_processes()
         self._stopping = threading.Event()
@@ -215,13 +222,13 @@ class Runner:
         task = _pull_input(acquired, client)
         try:
             self._require_allowed(task)
+            with _heartbeats(client), self._devices(task) as gpus:
+                code, pushing = self._run_worker(runtime, acquired.token, task, gpus)
         except JobRefused as refusal:
             _log.error("site %s refuses (%s): %s", self._site, refusal.code, refusal)
             self._refuse(client, task, refusal.code)
             push_task_output(client, None, SubStatus.COMPLETED, "")
             return
-        with _heartbeats(client):
-            code, pushing = self._run_worker(runtime, acquired.token, task)
         if code == 0:
             push_task_output(client, None, SubStatus.COMPLETED, "")
             return
@@ -259,8 +266,20 @@ class Runner:
             )
         )
 
+    @contextmanager
+    def _devices(self, task: _Input) -> Iterator[tuple[str, ...] | None]:
+        if self._gpus is None:
+            yield None
+        elif task.step not in ON_DATA:
+            yield ()
+        else:
+            with self._gpus.lent() as gpus:
+                if self._stopping.is_set():  # it waited too long to begin now, and be cut off
+                    raise JobRefused("paused", "paused", "the agent stops")
+                yield gpus
+
     def _run_worker(
-        self, runtime: RuntimeAddress, token: str, task: _Input
+        self, runtime: RuntimeAddress, token: str, task: _Input, gpus: tuple[str, ...] | None
     ) -> tuple[int | None, bool]:
         """Return the worker's exit code and whether it began to push its reply."""
         assignment = Assignment(
@@ -270,6 +289,7 @@ class Runner:
             tree=task.packed_tree,
             policy=self._policy,
             limits=self._limits,
+            gpus=gpus,
         )
         receiver, sender = self._processes.Pipe(duplex=False)
         with receiver:

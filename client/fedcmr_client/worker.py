@@ -51,14 +51,12 @@ class WorkerLimits:
     """What the workers may use of the machine.
 
     ``nice`` is added to the agent's niceness. ``memory_mib`` bounds what one worker allocates
-    (None: no bound). ``cuda_devices`` names the GPUs that it may see, as in CUDA_VISIBLE_DEVICES
-    (None: as the agent's).
+    (None: no bound).
     """
 
     workers: int = 4
     nice: int = 10
     memory_mib: int | None = None
-    cuda_devices: str | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -73,7 +71,10 @@ class WorkerLimits:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A task as a worker gets it; ``context`` and ``tree`` are Flower's, serialised."""
+    """A task as a worker gets it; ``context`` and ``tree`` are Flower's, serialised.
+
+    ``gpus`` are those that it may see (None: as the agent).
+    """
 
     runtime: str
     token: str
@@ -81,6 +82,7 @@ class Assignment:
     tree: bytes
     policy: Path
     limits: WorkerLimits
+    gpus: tuple[str, ...] | None
 
 
 def installed_app(message: Message, context: Context) -> Message:
@@ -165,8 +167,8 @@ def _settle(assignment: Assignment, runner: Connection) -> None:
         most = limits.memory_mib << 20
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     os.environ["FEDCMR_POLICY"] = str(assignment.policy)
-    if limits.cuda_devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = limits.cuda_devices
+    if assignment.gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(assignment.gpus)
 
 
 def _end_with_the_agent() -> None:

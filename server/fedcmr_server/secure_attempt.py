@@ -7,6 +7,7 @@ refuses, or sends something wrong is lost for the attempt, and the losses say wh
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -133,6 +134,7 @@ class Attempt:
         self._of_site = {site: one for one in self.sums for site in one.roster.sites}
         self._sites: dict[int, str] = {}
         self._strangers: dict[str, Loss] = {}
+        self._began: dict[Step, float] = {}
 
     @property
     def opened(self) -> tuple[Opened, ...]:
@@ -144,6 +146,13 @@ class Attempt:
         """Why sites were lost, by name."""
         found = [loss for one in self.sums for loss in one.aggregation.losses.values()]
         return sorted([*found, *self._strangers.values()], key=lambda loss: loss.site)
+
+    def step_seconds(self) -> dict[Step, float]:
+        """Return how long each step took that has begun; the last one is over now."""
+        ends = [*list(self._began.values())[1:], time.monotonic()]
+        return {
+            step: end - begun for (step, begun), end in zip(self._began.items(), ends, strict=True)
+        }
 
     def keys(self, nodes: Sequence[int], ahead: KeysAhead, task: Task) -> None:
         """Collect fresh keys for ``task`` from ``nodes``, except where they came ahead."""
@@ -249,6 +258,7 @@ class Attempt:
         self, step: Step, contents: Mapping[int, RecordDict]
     ) -> Iterator[tuple[int, RecordDict]]:
         self.step = step
+        self._began.setdefault(step, time.monotonic())
         if not contents:
             return
         timeout_s = self._job.secure.step_timeout_s

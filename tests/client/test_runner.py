@@ -32,6 +32,7 @@ from flwr.supercore.run import Run
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 
+from fedcmr_client.gpus import Gpus
 from fedcmr_client.runner import WHILE_PAUSED, Runner
 from fedcmr_client.supernode import RuntimeAddress
 from fedcmr_client.worker import App, WorkerLimits
@@ -106,6 +107,10 @@ class Node:
         """What `worker_apps.answer` says of itself."""
         return dict(json.loads(str(self.reply(name).config_records["own"]["json"])))
 
+    def outcome(self, name: str) -> str:
+        """`answered`, or the code of the refusal."""
+        return "answered" if "own" in self.reply(name).config_records else self.refusal(name)
+
     def finished(self) -> list[str]:
         """How the tasks ended, in the order of their runs; empty before they did."""
         tasks = sorted(self.state.get_tasks(), key=lambda task: task.run_id)
@@ -125,6 +130,11 @@ class Node:
             answered = message.metadata.reply_to_message_id
             assert answered not in self.replies, "two replies to one message"
             self.replies[answered] = reply.content
+
+
+def _pending(node: Node) -> list[Any]:
+    """Tasks that nobody has fetched."""
+    return [task for task in node.state.get_tasks() if task.status.status == "pending"]
 
 
 def _walk(tree: Any) -> Iterator[Any]:
@@ -168,6 +178,7 @@ def runner(
     refused: Refused | None = None,
     paused: Callable[[], bool] = lambda: False,
     record: Callable[[str], None] | None = None,
+    gpus: Gpus | None = None,
     **limits: Any,
 ) -> Iterator[Runner]:
     record = record or (refused if refused is not None else []).append
@@ -178,6 +189,7 @@ def runner(
         record_refusal=record,
         paused=paused,
         limits=WorkerLimits(**limits),
+        gpus=gpus,
         app=app,
     ) as running:
         yield running
@@ -208,11 +220,11 @@ def test_a_message_with_the_code_free_app_is_answered_by_a_worker(
 
 
 def test_workers_keep_to_their_limits(node: Node, ask: RecordDict) -> None:
-    with runner(node, nice=3, memory_mib=4096, cuda_devices="1,3"):
+    with runner(node, nice=3, memory_mib=4096):
         own = node.own(node.put(ask))
     assert own["nice"] == os.getpriority(os.PRIO_PROCESS, 0) + 3
     assert own["memory"] == 4096 << 20
-    assert own["gpus"] == "1,3"
+    assert own["gpus"] == "all"
     assert own["group"] == own["process"]
 
 
@@ -296,11 +308,35 @@ def test_only_so_many_tasks_run_at_once(node: Node, ask: RecordDict, tmp_path: P
     with runner(node, worker_apps.wait, workers=2):
         names = [node.put(ask) for _ in range(3)]
         wait_for("two workers", lambda: len(list(tmp_path.glob("called-*"))) == 2)
-        waiting = [task for task in node.state.get_tasks() if task.status.status == "pending"]
-        assert len(waiting) == 1
+        assert len(_pending(node)) == 1
         (tmp_path / "go").touch()
         for name in names:
             assert node.own(name)
+
+
+def test_what_works_on_data_waits_for_a_gpu_and_the_sum_does_not(
+    node: Node, ask: RecordDict, tmp_path: Path
+) -> None:
+    with runner(node, worker_apps.wait, gpus=Gpus(["4"], 1)):
+        working = [node.put(ask, kind) for kind in ("train.update", "evaluate")]
+        wait_for("a worker", lambda: list(tmp_path.glob("called-*")))
+        summing = node.put(ask, "train.unmask")
+        wait_for("another worker", lambda: len(list(tmp_path.glob("called-*"))) == 2)
+        (tmp_path / "go").touch()
+        assert [node.own(name)["gpus"] for name in working] == ["4", "4"]
+        assert node.own(summing)["gpus"] == ""
+
+
+def test_a_stopping_runner_begins_nothing_that_waits_for_a_gpu(
+    node: Node, ask: RecordDict, tmp_path: Path
+) -> None:
+    with runner(node, worker_apps.wait, gpus=Gpus(["0"], 1)) as running:
+        names = [node.put(ask), node.put(ask)]
+        wait_for("the worker", lambda: list(tmp_path.glob("called-*")))
+        wait_for("both tasks", lambda: not _pending(node))
+        threading.Timer(0.5, (tmp_path / "go").touch).start()
+        running.stop(patience_s=60)
+        assert sorted(map(node.outcome, names)) == ["answered", "paused"]
 
 
 def test_a_supernode_that_began_anew_is_served(node: Node, ask: RecordDict) -> None:

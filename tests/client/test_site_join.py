@@ -583,7 +583,7 @@ class TestSettings:
         (tmp_path / "agent.yaml").write_text(text)
         found = AgentSettings.load(tmp_path)
         assert found == settings.model_copy(update={"log_folder": tmp_path / "logs"})
-        assert (found.cuda_devices, found.worker_memory_mib) == ("0,2", 24576)
+        assert (found.gpus, found.worker_memory_mib) == ((0, 2), 24576)
         assert max(map(len, text.splitlines())) <= 100
         proxy = found.forward_proxy()
         assert proxy is not None
