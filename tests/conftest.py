@@ -16,6 +16,16 @@ SiteFactory = Callable[..., Path]
 HALVES = SplitFractions(0.5, 0.25, 0.25)
 
 
+LONGEST = ("test_faults.py", "test_federation.py", "test_runner.py", "test_real_images.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that no worker ends long after the others."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture
 def make_site(tmp_path: Path) -> SiteFactory:
     """Return a function that makes a site store below ``tmp_path / "sites"``."""

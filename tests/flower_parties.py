@@ -43,6 +43,7 @@ from flwr.supernode.runtime.run_clientapp import push_task_output
 
 from fedcmr_shared.cli import FLOWER_SILENCE
 from fedcmr_shared.identity.certificates import (
+    Authority,
     certificate_pem,
     issue_server,
     key_pem,
@@ -164,10 +165,10 @@ class SuperLink:
 
 
 @contextmanager
-def superlink(folder: Path) -> Iterator[SuperLink]:
-    """Run a SuperLink on loopback that keeps everything in memory."""
+def superlink(folder: Path, authority: Authority | None = None) -> Iterator[SuperLink]:
+    """Run a SuperLink on loopback, certified by ``authority``, that keeps everything in memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    authority, key = new_authority("test"), new_key()
+    authority, key = authority or new_authority("test"), new_key()
     certificate = issue_server(authority, key, ["127.0.0.1", "localhost"])
     files = {
         "ca.pem": certificate_pem(authority.certificate).encode(),

@@ -80,7 +80,10 @@ def _main(grid: Grid, context: Context) -> None:
     home = _home()
     log_beside_superlink(home.logs)
     with home.store(_PATIENCE_S) as store:
-        carry_job(FlowerLink(grid), StoredRun(store, home.jobs, job, str(context.run_id)))
+        try:
+            carry_job(FlowerLink(grid), StoredRun(store, home.jobs, job, str(context.run_id)))
+        except TransitionRefused as refusal:  # nothing is wrong: the job is no longer this run's
+            _log.info("run %s ends: %s", context.run_id, refusal)
 
 
 def _home() -> CoordinatorHome:

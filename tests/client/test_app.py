@@ -3,45 +3,22 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from joined_site import join, make_task
 
 from fedcmr_client import app as app_module
 from fedcmr_client.agent import SiteAgent
 from fedcmr_client.app import SiteWork, create_client_app
-from fedcmr_client.membership import Membership
 from fedcmr_client.site_home import SiteHome
 from fedcmr_shared.errors import ConfigurationError, DataError, JobRefused, LedgerError
 from fedcmr_shared.federation.messages import Refusal, Scores, Task, Update, unpack_answer
-from fedcmr_shared.identity.certificates import (
-    Member,
-    certificate_pem,
-    issue_member,
-    new_authority,
-)
-from fedcmr_shared.identity.enrolment import StartupKit
-from fedcmr_shared.identity.keys import SiteKey
-from fedcmr_shared.models.registry import build_model
-from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
-from fedcmr_shared.schemas.privacy import PrivacySpec
 from fedcmr_shared.schemas.refusals import RefusalCode
-from fedcmr_shared.schemas.signed_job import JobAuthorisation
 from fedcmr_shared.secagg.faults import ProtocolError
 from fedcmr_shared.secagg.messages import STEPS, Step
-
-JOB = JobSpec(
-    rounds=1,
-    model=ModelSpec(text_encoder="hashed"),
-    sampling=SamplingSpec(acs_lines=8),
-    training=TrainingSpec(local_steps=1, part="adapters"),
-    aggregation="plain_with_local_dp",
-    privacy=PrivacySpec(cohort_size=10, noise_multiplier=3.0),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +26,6 @@ def flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give this process the identity without which Flower makes no message."""
     for name in ("_run_id", "_task_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-def make_task(job: JobSpec = JOB) -> Task:
-    torch.manual_seed(job.seed)
-    return Task(job, 1, build_model(job.model).state_dict())
 
 
 def reply(site: SiteWork, action: str, content: RecordDict) -> RecordDict:
@@ -230,7 +202,7 @@ def test_deployed_site_reads_its_policy_and_works_for_its_coordinator_alone(
 ) -> None:
     from fedcmr_client.app import app
 
-    home, key = make_home(), SiteKey.create(tmp_path / "coordinator.pem")
+    home = make_home()
     monkeypatch.setenv("FEDCMR_POLICY", str(home.path))
 
     def answer(task: Task) -> object:
@@ -239,28 +211,6 @@ def test_deployed_site_reads_its_policy_and_works_for_its_coordinator_alone(
 
     with pytest.raises(ConfigurationError, match="not joined"):
         answer(make_task())
-    federation = join(home, key)
+    signed = join(home, tmp_path)
     assert answer(make_task()) == Refusal(home.policy.site, "signature")
-    now = datetime.now(UTC)
-    period = (now - timedelta(hours=1), now + timedelta(hours=1))
-    signed = JobAuthorisation.sign(JOB, federation, period, key)
     assert isinstance(answer(replace(make_task(), authorisation=signed)), Update)
-
-
-def join(home: SiteHome, coordinator: SiteKey) -> str:
-    """Make the site a member of a new federation; return the SHA-256 of its authority."""
-    member, authority = Member("site", home.policy.site), new_authority("heart")
-    folder = home.membership.folder
-    asked = Membership.create(folder, member, home.identity(), with_node_key=True)
-    certificate = issue_member(authority, asked.certificate_request, member)
-    kit = StartupKit(
-        federation="heart",
-        coordinator="coordinator",
-        coordinator_key=coordinator.public_key,
-        host="heart.example",
-        port=8443,
-        authority=certificate_pem(authority.certificate),
-        certificate=certificate_pem(certificate),
-    )
-    home.membership.join(kit)
-    return home.membership.pinned[0]

@@ -18,11 +18,10 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
-from flower_parties import SuperLink, flower_process, free_port, wait_for
+from flower_parties import free_port, superlink, wait_for
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedcmr_client import agent_lock, site_health, site_service
@@ -39,10 +38,7 @@ from fedcmr_shared.identity.certificates import (
     Member,
     certificate_pem,
     issue_member,
-    issue_server,
-    key_pem,
     new_authority,
-    new_key,
 )
 from fedcmr_shared.identity.enrolment import StartupKit
 
@@ -532,38 +528,6 @@ class TestLog:
             agent_log(settings),
         ):
             pass
-
-
-@contextmanager
-def superlink(folder: Path, authority: Authority) -> Iterator[SuperLink]:
-    """Run a SuperLink whose certificate the federation's authority has signed."""
-    folder.mkdir()
-    key, port = new_key(), free_port()
-    files = {
-        "ca.pem": certificate_pem(authority.certificate).encode(),
-        "server.pem": certificate_pem(issue_server(authority, key, ["127.0.0.1"])).encode(),
-        "server.key": key_pem(key),
-    }
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--ssl-ca-certfile", str(folder / "ca.pem")]
-    command += ["--ssl-certfile", str(folder / "server.pem")]
-    command += ["--ssl-keyfile", str(folder / "server.key")]
-    command += ["--enable-supernode-auth", "--isolation", "process"]
-    with flower_process(command, folder) as process:
-        link = SuperLink(f"127.0.0.1:{port}", folder / "ca.pem")
-
-        def answers() -> bool:
-            assert process.poll() is None, (folder / "log.txt").read_text()
-            try:
-                link.online(0)
-            except httpx.TransportError:
-                return False
-            return True
-
-        wait_for("the SuperLink", answers)
-        yield link
 
 
 def test_a_real_agent_connects_reports_and_signs_off_at_sigterm(

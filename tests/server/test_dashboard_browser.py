@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from dashboard_federation import NOW, Federation, busy_federation, job_spec
 from dashboard_shot import CHROMIUM, WithHeaders, browse, serving, shoot
+from other_host import other_host
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fedcmr_server.dashboard import create_app
@@ -72,29 +70,6 @@ class Adding:
         await self._app(scope, receive, altered)
 
 
-@contextmanager
-def elsewhere() -> Iterator[tuple[str, list[str]]]:
-    """Another web server: its address, and the paths that were asked for."""
-    paths: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            paths.append(self.path)
-            self.send_error(404)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", paths
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def corner(picture: Path) -> float:
     """How bright the page is at its left edge, from 0 to 1."""
     from matplotlib.image import imread
@@ -131,7 +106,7 @@ def test_pages_fit_a_telephone(dashboard: ASGIApp, path: str, markup: str, fits:
 
 
 def test_nothing_is_loaded_from_elsewhere_even_if_markup_got_in(dashboard: ASGIApp) -> None:
-    with elsewhere() as (other, paths):
+    with other_host() as (other, paths):
         markup = f'<img src="{other}/blocked">{SCRIPT}'
         closed = Adding(dashboard, markup)
         with serving(closed) as address:

@@ -78,14 +78,15 @@ class TestSubmit:
     def test_a_job_is_stored_as_sites_will_check_it(
         self, home: CoordinatorHome, federation: Store
     ) -> None:
+        now = datetime.now(UTC)
         row = Jobs(federation).get(submit(home, federation, JOB).id)
         assert (row.id, row.state) == (JOB.sha256, "submitted")
         assert spec_of(row) == JOB
         pinned = (home.federation_sha256, home.identity().public_key)
-        for moment in (NOW - timedelta(minutes=4), NOW + timedelta(days=VALID_DAYS - 1)):
+        for moment in (now - timedelta(minutes=4), now + timedelta(days=VALID_DAYS - 1)):
             require_signed(JOB, authorisation(row), pinned, moment)
         with pytest.raises(JobRefused, match="valid from"):
-            require_signed(JOB, authorisation(row), pinned, NOW + timedelta(days=VALID_DAYS + 1))
+            require_signed(JOB, authorisation(row), pinned, now + timedelta(days=VALID_DAYS + 1))
         assert not has_old_roster(federation, row)
         roster = StoredRun(federation, home.jobs, row.id, None).roster
         assert roster.names == SITES

@@ -198,7 +198,7 @@ def test_a_run_that_carries_no_job_is_stopped_after_a_while(
     monkeypatch.setattr(job_carrier, "LOOK_S", 0.0)
     job, carry = submit(store, "heart"), carrier(store)
     carry.step(flower)
-    Jobs(store).change(job, "cancel")
+    Jobs(store).change(job, "run_lost", run="1", reason="a test")
     carry.step(flower)
     assert flower.running() == ["1"], "it may end by itself"
     monkeypatch.setattr(job_carrier, "GRACE_S", 0.0)
@@ -536,7 +536,6 @@ def cancel_while_it_runs(running: Coordinator, store: Store, job: str) -> None:
     wait_for("it to work", lambda: said(running, carried, "superlink.log"))
     Jobs(store).change(job, "cancel")
     wait_for("its end", lambda: not running.programs()["flwr-serverapp"])
-    assert said(running, f"run {run} carries no job: it is stopped")
     left = running.programs()
     assert left == {**apps, "flwr-serverapp": []}
     assert Jobs(store).get(job).state == "cancelled"

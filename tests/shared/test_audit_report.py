@@ -5,15 +5,13 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Mapping
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 from html_page import Page
+from other_host import other_host
 
 from fedcmr_client.evidence import build
 from fedcmr_client.ledger import CheckpointSchedule, Ledger, LedgerPlace
@@ -401,36 +399,13 @@ def screenshot(page: Path, dark: bool = False) -> tuple[float, ...]:
     return tuple(float(value) for value in imread(picture)[2, 2, :3])
 
 
-@contextmanager
-def listener() -> Iterator[tuple[str, list[str]]]:
-    """A web server on this machine: its address, and the paths that were asked for."""
-    paths: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            paths.append(self.path)
-            self.send_error(404)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", paths
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_a_browser_shows_the_page_light_and_dark_and_loads_nothing(
     bundle: tuple[Path, Path],
 ) -> None:
     source, _, _ = render(bundle)
     page = bundle[0].parent / "page.html"
-    with listener() as (address, paths):
+    with other_host() as (address, paths):
         page.write_text(source.replace("</main>", f'<img src="{address}/blocked"></main>'))
         assert min(screenshot(page)) > 0.9
         assert max(screenshot(page, dark=True)) < 0.15

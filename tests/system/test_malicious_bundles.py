@@ -8,13 +8,12 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
 import pytest
-import torch
 from flower_parties import (
     SuperLink,
     grid_of_run,
@@ -24,17 +23,15 @@ from flower_parties import (
     wait_for,
 )
 from flwr.app import ConfigRecord, Message, RecordDict
+from joined_site import join, make_task
 
 from fedcmr_client.policy import policy_text
 from fedcmr_client.runner import Runner
 from fedcmr_client.site_home import SiteHome
 from fedcmr_client.supernode import SuperNode, SuperNodeSettings
 from fedcmr_shared.federation.flower_app import APP_PROJECT, app_bundle
-from fedcmr_shared.federation.messages import Refusal, Task, Update, unpack_answer
-from fedcmr_shared.models.registry import build_model
-from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SamplingSpec, TrainingSpec
+from fedcmr_shared.federation.messages import Refusal, Update, unpack_answer
 from fedcmr_shared.schemas.policy import SitePolicy
-from fedcmr_shared.schemas.privacy import PrivacySpec
 
 NONSENSE = RecordDict({"header": ConfigRecord({"x": 1})})
 EVIL_PROJECT = APP_PROJECT.replace("fedcmr_client.app:app", "evil:app")
@@ -207,31 +204,19 @@ def test_flowers_own_supernode_executes_the_same_bundle(
     assert canary.read_text() == "executed"
 
 
-def test_a_message_with_the_code_free_app_reaches_the_installed_one(
-    site: Site, policy: Path
+def test_with_the_code_free_app_a_joined_site_trains_what_its_coordinator_signed(
+    site: Site, make_home: Callable[..., SiteHome], tmp_path: Path
 ) -> None:
-    refused: list[str] = []
-    with Runner(site.supernode, "alder", policy, record_refusal=refused.append):
-        reply = site.ask(app_bundle(), NONSENSE)
-    assert unpack_answer(reply.content) == Refusal("alder", "malformed")
+    home, refused = make_home(), list[str]()
+    signed = join(home, tmp_path)
+    tasks = make_task(), replace(make_task(), authorisation=signed)
+    with Runner(site.supernode, home.policy.site, home.path, record_refusal=refused.append):
+        unread, unsigned, trained = (
+            unpack_answer(site.ask(app_bundle(), content).content)
+            for content in (NONSENSE, *(task.pack() for task in tasks))
+        )
+    assert unread == Refusal(home.policy.site, "malformed")
+    assert unsigned == Refusal(home.policy.site, "signature")
+    assert isinstance(trained, Update)
+    assert trained.site == home.policy.site
     assert refused == []
-
-
-def test_a_hospital_trains_behind_the_runner(
-    site: Site, make_home: Callable[..., SiteHome]
-) -> None:
-    job = JobSpec(
-        rounds=1,
-        model=ModelSpec(text_encoder="hashed"),
-        sampling=SamplingSpec(acs_lines=8),
-        training=TrainingSpec(local_steps=1, part="adapters"),
-        aggregation="plain_with_local_dp",
-        privacy=PrivacySpec(cohort_size=10, noise_multiplier=3.0),
-    )
-    torch.manual_seed(job.seed)
-    task = Task(job, 1, build_model(job.model).state_dict())
-    home = make_home()
-    with Runner(site.supernode, home.policy.site, home.path, record_refusal=print):
-        update = unpack_answer(site.ask(app_bundle(), task.pack()).content)
-    assert isinstance(update, Update)
-    assert update.site == home.policy.site
