@@ -279,7 +279,7 @@ def _command(home: CoordinatorHome, port: int) -> list[str]:
         "--isolation": "subprocess",
     }
     command = [
-        str(Path(sys.executable).with_name("flower-superlink")),
+        *(sys.executable, "-P", "-m", "fedcmr_server.superlink_process"),
         "--enable-supernode-auth",
         "--disable-runtime-dependency-installation",
     ]

@@ -221,7 +221,7 @@ def _only_one(home: CoordinatorHome) -> Iterator[int]:
             if time.monotonic() > deadline:
                 raise ConfigurationError(
                     f"programs of an earlier start still run in {home.run}: end nginx and "
-                    "flower-superlink, then start again"
+                    "SuperLink, then start again"
                 )
             time.sleep(0.1)
         yield programs.fileno()

@@ -19,9 +19,10 @@ import httpx
 import pytest
 from coordinator_parties import Party, new_home
 from flower_parties import alive, free_port, wait_for
+from flwr.supercore import sql_mixin
 from sqlalchemy import update
 
-from fedcmr_server import job_carrier
+from fedcmr_server import job_carrier, superlink_process
 from fedcmr_server.gateway import require_port
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_carrier import JobCarrier
@@ -307,6 +308,16 @@ def pids(lines: list[str]) -> list[int]:
     return [int(word) for word in line.split()[1:]]
 
 
+def test_superlink_waits_for_its_database_as_long_as_the_gateway_lets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)  # and back
+    superlink_process.be_patient()
+    database = sql_mixin.SqlMixin(str(tmp_path / "state.sqlite"))
+    database.initialize()
+    assert list(database.query("PRAGMA busy_timeout")[0].values()) == [50_000]
+
+
 def test_a_program_that_ends_is_started_again_until_it_is_stopped(tmp_path: Path) -> None:
     lines: list[str] = []
     kept = KeptProcess(program(tmp_path, "print('on'); raise SystemExit(3)", lines), FAST)
@@ -401,7 +412,8 @@ needs_nginx = pytest.mark.skipif(
 )
 
 
-PROGRAMS = ("nginx: master", "flower-superlink", "flower-superexec", "flwr-serverapp")
+SUPERLINK = "fedcmr_server.superlink_process"
+PROGRAMS = ("nginx: master", SUPERLINK, "flower-superexec", "flwr-serverapp")
 
 
 @dataclass
@@ -520,11 +532,11 @@ def all_programs(running: Coordinator) -> dict[str, list[int]] | None:
 
 
 def kill_superlink(running: Coordinator, programs: dict[str, list[int]]) -> None:
-    (superlink,) = programs["flower-superlink"]
+    (superlink,) = programs[SUPERLINK]
     os.kill(superlink, signal.SIGKILL)
     children = programs["flower-superexec"] + programs["flwr-serverapp"]
     wait_for("its children's end", lambda: not any(alive(child) for child in children))
-    wait_for("another one", lambda: set(running.programs()["flower-superlink"]) - {superlink})
+    wait_for("another one", lambda: set(running.programs()[SUPERLINK]) - {superlink})
     assert said(running, "SuperLink ended")
 
 
