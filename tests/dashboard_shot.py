@@ -20,6 +20,7 @@ from pathlib import Path
 
 import uvicorn
 from dashboard_federation import client_of
+from PIL import Image
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedcmr_server.dashboard import create_app
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the coordinator's folder")
     parser.add_argument("picture", type=Path)
     parser.add_argument("--path", default="/", help="which page, such as /sites")
-    parser.add_argument("--size", default="1200,1500", help="width,height in pixels")
+    parser.add_argument("--size", default="1200,2056", help="width,height in pixels")
     parser.add_argument("--dark", action="store_true")
     chosen = parser.parse_args()
     home = CoordinatorHome.open(chosen.folder)
@@ -109,6 +110,9 @@ def main() -> None:
         cookie = client_of(app).post("/login", data={"token": token}).headers["set-cookie"]
         with serving(WithHeaders(app, {"cookie": cookie.partition(";")[0]})) as address:
             shoot(address + chosen.path, chosen.picture, dark=chosen.dark, size=chosen.size)
+    with Image.open(chosen.picture) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(chosen.picture, optimize=True)
 
 
 if __name__ == "__main__":

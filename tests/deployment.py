@@ -24,6 +24,8 @@ from typing import Any, Final, TypeVar
 import pytest
 from network_namespaces import Host, Network
 
+from fedcmr_shared.identity.enrolment import EnrolmentRequest, StartupKit
+
 FEDCMR: Final = Path(sys.executable).with_name("fedcmr")
 SITES: Final = ("alder", "birch", "cedar", "dogwood")
 ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -152,14 +154,13 @@ class Site:
         """Have the coordinator enrol the site, and pin what comes back."""
         asked = self.folder / "federation" / "request.json"
         kit = self.home / "kit.json"
-        shown = self.federation.fedcmr(
+        self.federation.fedcmr(
             *("coordinator", "enrol", str(asked), "--kit", str(kit)),
-            *("--fingerprint", json_of(asked, "EnrolmentRequest")),
+            *("--fingerprint", EnrolmentRequest.read(asked).fingerprint),
         )
-        del shown
         self.fedcmr(
             *("site", "join", str(kit), "--policy", str(self.policy)),
-            *("--fingerprint", json_of(kit, "StartupKit")),
+            *("--fingerprint", StartupKit.read(kit).fingerprint),
         )
 
     def pin_roster(self) -> None:
@@ -180,7 +181,7 @@ class Site:
     def start(self) -> Service:
         """Start the agent."""
         command = ["site", "start", "--policy", str(self.policy)]
-        self.service = self.federation.service(f"{self.name}", self.host, command, self.environment)
+        self.service = self.federation.service(self.name, self.host, command, self.environment)
         return self.service
 
 
@@ -295,7 +296,8 @@ class Federation:
             assert found["state"] != "failed", found
             return None
 
-        return until(reached, f"job {job[:12]} to be {state}", timeout_s)
+        # Each look starts a process.
+        return until(reached, f"job {job[:12]} to be {state}", timeout_s, pause_s=2.0)
 
     def service(
         self,
@@ -345,14 +347,6 @@ def run(
     )
     assert (done.returncode != 0) == fails, f"{arguments}: {done.stdout}{done.stderr}"
     return json.loads(done.stdout) if done.stdout.strip() else {}
-
-
-def json_of(path: Path, kind: str) -> str:
-    """Return the fingerprint that people would read out for a request or kit."""
-    from fedcmr_shared.identity import enrolment
-
-    fingerprint: str = getattr(enrolment, kind).read(path).fingerprint
-    return fingerprint
 
 
 @pytest.fixture

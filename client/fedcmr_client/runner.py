@@ -31,7 +31,7 @@ import httpx
 from flwr.app import Context, Message
 from flwr.common.constant import SubStatus
 from flwr.common.serde import context_from_proto, message_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -42,6 +42,9 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, pull_objects
 from flwr.supercore.interceptors import SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
@@ -255,6 +258,8 @@ class Runner:
             raise JobRefused("paused", "paused", "the site is paused")
 
     def _refuse(self, client: RuntimeHttpClient, task: _Input, code: RefusalCode) -> None:
+        with _heartbeats(client):
+            _wait_received(client, task)
         reply = Message(Refusal(self._site, code).pack(), reply_to=task.message)
         push_message(client, reply, task.context)
         # Its content is not pulled, or not any more: the SuperNode need not keep it.
@@ -344,6 +349,19 @@ def _pull_input(acquired: AcquireTaskResponse, client: RuntimeHttpClient) -> _In
         message=message,
         packed_tree=tree.SerializeToString(),
     )
+
+
+def _wait_received(client: RuntimeHttpClient, task: _Input) -> None:
+    """Return once the SuperNode has all objects of the message, or none any more.
+
+    It hands on a message before its objects have come. Were they removed meanwhile, it would drop
+    the message and the reply to it, and the coordinator would wait for its longest time.
+    """
+    node = Node(node_id=task.context.node_id)
+    pull = make_pull_object_fn_protobuf(client.PullObject, node, task.context.run_id)
+    with suppress(ObjectPullError):  # gone: a worker has pulled them, or they will never come
+        for each in iterate_object_tree(ObjectTree.FromString(task.packed_tree)):
+            pull_objects([each.object_id], pull)
 
 
 @contextmanager

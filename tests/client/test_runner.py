@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from time import time
+from time import sleep, time
 from typing import Any
 
 import pytest
@@ -55,6 +55,7 @@ class Node:
     restarts: int = 0
     runs: int = 0
     replies: dict[str, RecordDict] = field(default_factory=dict)
+    late: dict[str, bytes] = field(default_factory=dict)
 
     def restart(self) -> None:
         self.restarts += 1
@@ -66,10 +67,14 @@ class Node:
         *,
         bundle: bytes = b"",
         task: str = "flwr-clientapp",
+        late: bool = False,
     ) -> str:
-        """Put in a message of a new run with its app; return the message's name."""
+        """Put in a message of a new run with its app; return the message's name.
+
+        The objects of a ``late`` one come with `receive`.
+        """
         self.runs += 1
-        name = self._message(content, kind)
+        name = self._message(content, kind, late)
         fab = Fab(sha256(bundle or app_bundle()).hexdigest(), bundle or app_bundle(), {})
         run = Run.create_empty(self.runs)
         run.series_id, run.fab_hash = self.runs, fab.hash_str
@@ -80,15 +85,21 @@ class Node:
         assert self.state.create_task(task, self.runs, fab.hash_str)
         return name
 
-    def _message(self, content: RecordDict, kind: str) -> str:
+    def receive(self) -> None:
+        """Let the objects of the late message come."""
+        for object_id, each in self.late.items():
+            self.factory.store().put(object_id, each)
+
+    def _message(self, content: RecordDict, kind: str, late: bool) -> str:
         metadata = Metadata(self.runs, "", 1, NODE, "", "", time(), 600.0, kind)
         message = make_message(metadata, content=content)
         name = message.object_id
         message.metadata.__dict__["_message_id"] = name
         store = self.factory.store()
         store.preregister(self.runs, get_object_tree(message))
-        for object_id, each in get_all_nested_objects(message).items():
-            store.put(object_id, each.deflate())
+        self.late = {i: each.deflate() for i, each in get_all_nested_objects(message).items()}
+        if not late:
+            self.receive()
         self.state.store_message(remove_content_from_message(message))
         return name
 
@@ -295,6 +306,17 @@ def test_while_paused_nothing_new_begins(node: Node, ask: RecordDict, kind: str)
             assert node.refusal(node.put(ask, kind)) == "paused"
         pause[0] = False
         assert node.own(node.put(ask, kind))
+
+
+def test_what_is_refused_is_received_to_its_end(node: Node, ask: RecordDict) -> None:
+    """A SuperNode whose objects are removed while they come drops message and reply."""
+    with runner(node, paused=lambda: True):
+        name = node.put(ask, "train", late=True)
+        wait_for("the task to be taken up", lambda: not _pending(node))
+        sleep(0.5)  # in which an early refusal would have removed them
+        assert not node.finished()[0]
+        node.receive()
+        assert node.refusal(name) == "paused"
 
 
 def test_a_pause_does_not_hide_a_wrong_bundle(node: Node, ask: RecordDict) -> None:

@@ -427,6 +427,15 @@ def test_a_report_is_a_version_and_one_word(running: Coordinator, alder: Governa
         alder.report("ready", "1.2.3 and patient 17")
 
 
+@pytest.mark.parametrize("skew_s", [0.0, 90.0, -90.0])
+def test_a_report_tells_how_far_the_members_clock_is_off(
+    alder: Governance, monkeypatch: pytest.MonkeyPatch, skew_s: float
+) -> None:
+    now = service._milliseconds
+    monkeypatch.setattr(service, "_milliseconds", lambda at: now(at) - int(1000 * skew_s))
+    assert alder.report("ready") == pytest.approx(skew_s, abs=5)
+
+
 def test_a_report_without_a_condition_is_refused(
     running: Coordinator, sites: dict[str, Party]
 ) -> None:

@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 from fedcmr_server.answers import mean_update
 from fedcmr_server.rounds import initial_state, run_job
 from fedcmr_server.run_folder import RunFolder
-from fedcmr_shared.errors import ConfigurationError, FederationError
+from fedcmr_shared.errors import ConfigurationError, FederationError, ModelError
 from fedcmr_shared.federation.messages import Refusal, Task, Update
 from fedcmr_shared.federation.secure_messages import (
     UnmaskAnswer,
@@ -417,6 +418,21 @@ def test_a_model_that_was_not_kept_closes_its_round(tmp_path: Path) -> None:
     require_moved(run_job(link, folder).state, ONE_ROUND, 0.0)
     assert outcomes(folder) == [(1, 1, "opened")]
     assert [event["closed"] for event in events(folder, "round")] == [False, True]
+
+
+def test_a_full_disk_is_noticed_before_shares_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = federation(AMOUNTS)
+    folder = new_run(tmp_path, link)
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4096))
+        with pytest.raises(ModelError, match="4 KiB are free: make room, then resume"):
+            run_job(link, folder)
+    assert events(folder, "unmask_asked") == []
+    last = run_job(link, folder)
+    assert outcomes(folder) == [(1, 2, "opened")]
+    require_moved(last.state, ONE_ROUND, mean(ONE_ROUND, AMOUNTS))
 
 
 def test_next_keys_of_a_site_that_left_are_not_used(tmp_path: Path) -> None:

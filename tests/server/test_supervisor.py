@@ -20,7 +20,7 @@ import pytest
 from coordinator_parties import Party, new_home
 from flower_parties import alive, free_port, wait_for
 from flwr.supercore import sql_mixin
-from sqlalchemy import update
+from sqlalchemy import MetaData, update
 
 from fedcmr_server import job_carrier, superlink_process
 from fedcmr_server.gateway import require_port
@@ -309,13 +309,21 @@ def pids(lines: list[str]) -> list[int]:
 
 
 def test_superlink_waits_for_its_database_as_long_as_the_gateway_lets_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)  # and back
+    class Database(sql_mixin.SqlMixin):
+        def get_metadata(self) -> MetaData:
+            return MetaData()
+
+    def patience() -> list[int]:
+        database = Database(":memory:")
+        database.initialize()
+        return list(database.query("PRAGMA busy_timeout")[0].values())
+
+    assert patience() == [5_000]
+    monkeypatch.setitem(vars(sql_mixin), "SQLITE_PRAGMAS", vars(sql_mixin)["SQLITE_PRAGMAS"])
     superlink_process.be_patient()
-    database = sql_mixin.SqlMixin(str(tmp_path / "state.sqlite"))
-    database.initialize()
-    assert list(database.query("PRAGMA busy_timeout")[0].values()) == [50_000]
+    assert patience() == [50_000]
 
 
 def test_a_program_that_ends_is_started_again_until_it_is_stopped(tmp_path: Path) -> None:

@@ -15,11 +15,21 @@ from fedcmr_shared.schemas import SitePolicy
 from fedcmr_simulations.config import SimulationConfig
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "deploy" / "README.md"])
+BEGIN = re.compile(r"(?:^(?:\$ )?|\$\(|\b(?:until|do) |\| )\s*(?=fedcmr )")
+END = re.compile(r" (?:#|\d?>|\||&)|; |\)$")
+"""What begins and ends a command, for its reader's shell."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def shown_commands() -> list[tuple[str, str]]:
@@ -29,8 +39,8 @@ def shown_commands() -> list[tuple[str, str]]:
         lines = "\n".join([*blocks(page, "console"), *blocks(page, "bash")])
         inline = re.findall(r"`(fedcmr [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         for line in [*lines.replace("\\\n", " ").splitlines(), *inline]:
-            command = line.removeprefix("$ ").split(" #")[0].strip()
-            if command.startswith("fedcmr "):
+            for start in BEGIN.finditer(line):
+                command = END.split(line[start.end() :])[0]
                 found.append((page.name, " ".join(command.split())))
     return sorted(set(found))
 
@@ -66,9 +76,13 @@ def test_shown_command_is_valid(page: str, command: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

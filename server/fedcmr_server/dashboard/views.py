@@ -17,7 +17,7 @@ from fedcmr_server.words import NOTHING, ago, plural
 from fedcmr_shared.identity.certificates import WARNING_DAYS, spoken
 from fedcmr_shared.identity.roster_history import RosterVersion, changes
 
-OFFLINE_AFTER: Final = timedelta(minutes=5)
+OFFLINE_AFTER: Final = timedelta(minutes=15)  # three reports of an agent with default settings
 """A site that was not heard of for so long counts as offline."""
 
 MOST_EVENTS: Final = 15
