@@ -239,6 +239,17 @@ class Membership:
         _write({self._next_key_path: key_pem(drawn)})
         return certificate_request(drawn, self.member)
 
+    def write_request(self, identity: SiteKey) -> None:
+        """Write the request anew, for the present key: a later kit is to fit that one.
+
+        Raises:
+            ConfigurationError: the folder cannot be written.
+        """
+        asked = self.request
+        signed = certificate_request(self.key, self.member)
+        again = EnrolmentRequest.sign(self.member, identity, signed, asked.node_key)
+        _write({self.request_path: file_text(again).encode()})
+
     def replace_certificate(self, pem: str) -> None:
         """Take a renewed certificate; connections made from now on show it.
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,13 +29,14 @@ from fedcmr_server.job_run import JobRun
 from fedcmr_server.job_states import attempts_at
 from fedcmr_server.links import CONNECT_TIMEOUT_S, SiteLink, SitesMissing
 from fedcmr_server.secure_attempt import Attempt, AttemptOver, Bounds, KeysAhead, Traffic
-from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.errors import ConfigurationError, FederationError
 from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.identity.roster import Roster
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
+from fedcmr_shared.schemas.refusals import PASSING
 from fedcmr_shared.secagg.layout import groups
-from fedcmr_shared.secagg.server import Opened
+from fedcmr_shared.secagg.server import Loss, Opened
 from fedcmr_shared.secagg.session import Session
 
 AttemptOutcome = Literal["opened", "ended", "closed"]
@@ -73,6 +74,7 @@ class SecureSums:
         Raises:
             SitesMissing: too few sites are connected, or no attempt got as far as the unmasking
                 shares. Nothing is lost then: the sites keep their stored results.
+            FederationError: too many sites refuse the job for a reason that stays.
         """
         number, traffic = task.round, Traffic()
         before = self._recorded(phase, number)
@@ -89,10 +91,29 @@ class SecureSums:
             if outcome != "ended":
                 opened = sums.opened if outcome == "opened" else ()
                 return Collected(opened, traffic)
+            self._require_willing(sums.losses)
         raise SitesMissing(
             f"round {number} ({phase}): {self._job.secure.attempts} attempts to open the sum "
             f"ended, the last one because {reason}. See {self._run.journal}, "
             "start the missing sites and run the job again: sites send their stored results"
+        )
+
+    def _require_willing(self, losses: Sequence[Loss]) -> None:
+        """Give the job up when too many sites refuse it for reasons that stay.
+
+        Raises:
+            FederationError: they do; the message names them.
+        """
+        codes = {
+            loss.site: loss.reason.partition(":")[0] for loss in losses if loss.fault == "refused"
+        }
+        lasting = {site: code for site, code in codes.items() if code not in PASSING}
+        if len(self._roster.sites) - len(lasting) >= self._bounds.sites:
+            return
+        listed = ", ".join(f"{site} ({code})" for site, code in sorted(lasting.items()))
+        raise FederationError(
+            f"{listed} refuse the job, and {self._bounds.sites} of {len(self._roster.sites)} sites "
+            "are needed: submit another job, or agree on the sites' policies and resume this one"
         )
 
     def _try(self, sums: Attempt, task: Task) -> tuple[AttemptOutcome, AttemptOver | None]:
@@ -107,6 +128,7 @@ class SecureSums:
             sums.shares()
             sums.vectors(task)
             sums.confirm()
+            self._run.require_room()
             self._run.record("unmask_asked", **place)
             outcome = "closed"
             sums.open()

@@ -308,6 +308,20 @@ class TestNewKey:
         assert certificate_pem(joined.certificate) == pem
         joined.credentials().tls_context("h2")
 
+    def test_a_later_kit_for_the_request_fits_the_new_key(
+        self, joined: Membership, authority: Authority, identity: SiteKey
+    ) -> None:
+        old = joined.request
+        joined.replace_certificate(self.issue(joined, authority))
+        stale = issue_member(authority, old.certificate_request, joined.member)
+        with pytest.raises(ConfigurationError, match="not for the key"):
+            joined.replace_certificate(certificate_pem(stale))
+        joined.write_request(identity)
+        asked = EnrolmentRequest.read(joined.request_path)
+        assert (asked.identity, asked.node_key) == (old.identity, old.node_key)
+        fresh = issue_member(authority, asked.certificate_request, joined.member)
+        joined.replace_certificate(certificate_pem(fresh))
+
     def test_a_crash_between_the_two_is_mended_at_the_next_look(
         self, joined: Membership, authority: Authority, monkeypatch: pytest.MonkeyPatch
     ) -> None:

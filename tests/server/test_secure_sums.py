@@ -17,6 +17,7 @@ from secure_federation import Change, Place, ProtocolLink, ProtocolSite, federat
 from torch import Tensor
 
 from fedcmr_server.answers import mean_update
+from fedcmr_server.links import SitesMissing
 from fedcmr_server.rounds import initial_state, run_job
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import ConfigurationError, FederationError, ModelError
@@ -33,6 +34,7 @@ from fedcmr_shared.identity.roster import Roster
 from fedcmr_shared.privacy import distributed
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, SecureSpec, TrainingSpec
 from fedcmr_shared.schemas.privacy import DistributedNoise, EvaluationSpec, PrivacySpec
+from fedcmr_shared.schemas.refusals import PASSING, RefusalCode
 from fedcmr_shared.secagg.layout import groups, trained_shapes
 from fedcmr_shared.secagg.messages import STEPS, Confirmation, Keys, Shares, Unmasking
 from fedcmr_shared.secagg.server import Opened
@@ -221,6 +223,32 @@ def test_a_wrong_answer_loses_its_site_alone(
     run_job(link, folder)
     assert outcomes(folder) == [(1, 1, "opened")]
     assert lost(folder) == {"birch": (step, fault)}
+
+
+def refusing(code: RefusalCode) -> Change:
+    return lambda content: Refusal(read_record(content, Keys).site, code).pack()
+
+
+def test_a_job_that_too_many_policies_refuse_ends_at_once_and_names_them(tmp_path: Path) -> None:
+    link = federation(AMOUNTS)
+    for site in ("birch", "cedar"):
+        link.changed[Place(site, "train.keys")] = refusing("epsilon-per-job")
+    folder = new_run(tmp_path, link)
+    refusal = r"^birch \(epsilon-per-job\), cedar \(epsilon-per-job\) refuse .* 3 of 4 sites"
+    with pytest.raises(FederationError, match=refusal) as error:
+        run_job(link, folder)
+    assert not isinstance(error.value, SitesMissing)
+    assert outcomes(folder) == [(1, 1, "ended")]
+
+
+@pytest.mark.parametrize("code", sorted(PASSING))
+def test_what_may_pass_is_tried_again(tmp_path: Path, code: RefusalCode) -> None:
+    link = federation(AMOUNTS)
+    for site in ("birch", "cedar"):
+        link.changed[Place(site, "train.keys")] = refusing(code)
+    folder = new_run(tmp_path, link)
+    run_job(link, folder)
+    assert outcomes(folder) == [(1, 1, "ended"), (1, 2, "opened")]
 
 
 def test_a_site_that_confirms_other_survivors_is_lost(tmp_path: Path) -> None:

@@ -641,7 +641,7 @@ def test_list_of_parts_names_every_library(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(program("cyclonedx-py"), "environment", "--pyproject", "pyproject.toml"),
-            # `make sbom` also holds the result against CycloneDX' schema, which takes ten seconds.
+            # The command in the site's page also checks CycloneDX' schema, which takes ten seconds.
             *("--no-validate", "--output-reproducible", "--output-file", str(made)),
             str(SCRIPTS.parent),
         ],

@@ -149,7 +149,7 @@ def renew(new_key: bool, policy_path: Path, as_json: bool) -> None:
 
     home = SiteHome.open(policy_path)
     with governance_of(home) as governance:
-        renew_certificate(home.membership, governance, new_key=new_key)
+        renew_certificate(home, governance, new_key=new_key)
     until = f"{home.membership.certificate.not_valid_after_utc:%Y-%m-%d}"
     if as_json:
         print_json({"certificate_until": until})

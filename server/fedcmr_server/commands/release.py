@@ -47,5 +47,6 @@ def release(job: str, out: Path | None, folder: Path, as_json: bool) -> None:
     click.echo(f"released {row.name} as {out or path}")
     click.echo(f"SHA-256 {found.sha256}, signed by {key}")
     click.echo(
-        f"whoever has a startup kit checks it: fedcmr models verify {path.name} --kit kit.json"
+        "whoever has a startup kit checks it: fedcmr models verify "
+        f"{(out or path).name} --kit kit.json"
     )

@@ -33,8 +33,8 @@ ASSUMPTIONS: Final = tuple(
 
     All scans of a person carry one pseudonym, over modalities and visits.
 
-    The site keeps one ledger: a second one under another key would show only once other sites
-    cosign the checkpoints.
+    The site keeps one ledger: a second one under another key shows only in the roster's history,
+    and in the cosignatures that it lacks.
 
     Nothing computed from patients left the site by another way: no hyper-parameters tuned on them,
     no statistics of preprocessing, no timing.

@@ -61,5 +61,10 @@ REFUSAL_CODES: Final[dict[RefusalCode, str]] = {
 }
 """What each code means, for the coordinator's documentation and messages."""
 
+PASSING: Final[frozenset[RefusalCode]] = frozenset(
+    {"malformed", "quiet-hours", "protocol", "paused", "declined", "failed"}
+)
+"""Codes that another attempt may not meet; the others stay until the job or a policy changes."""
+
 if set(REFUSAL_CODES) != set(get_args(RefusalCode)):
     raise AssertionError("every refusal code needs a meaning")
