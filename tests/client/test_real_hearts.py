@@ -1,27 +1,21 @@
-"""The importers on real hearts: Sunnybrook Cardiac Data (CC0; Radau et al., 2009).
-
-The data are no part of the repository. FEDCMR_TEST_DATA names their folder.
-"""
+"""The importers on real hearts."""
 
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from real_data import NO_SUNNYBROOK
+from real_data import SUNNYBROOK as DATA
 
 from fedcmr_client.importers import ImportOptions, import_path
 from fedcmr_client.store.scan_file import ScanFile, Truth
 from fedcmr_client.store.site_store import SiteStore
 
-DEFAULT = Path(__file__).parents[2].parent / "shared" / "data" / "sunnybrook"
-DATA = Path(os.environ.get("FEDCMR_TEST_DATA", DEFAULT))
 SAME_HEART = {"SCD0000301": "SC-HF-I-04"}
-pytestmark = pytest.mark.skipif(
-    not (DATA / "index.csv").is_file(), reason=f"no Sunnybrook data in {DATA}: FEDCMR_TEST_DATA"
-)
+pytestmark = pytest.mark.skipif(not (DATA / "index.csv").is_file(), reason=NO_SUNNYBROOK)
 
 
 def expected() -> dict[tuple[str, str], dict[str, str]]:

@@ -1,10 +1,11 @@
 """Real heart images, imported, divided between two sites, federated and reported."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from real_data import NO_SUNNYBROOK
+from real_data import SUNNYBROOK as DATA
 
 from fedcmr_client.importers import ImportOptions, import_path
 from fedcmr_client.store.site_store import SiteStore
@@ -15,11 +16,10 @@ from fedcmr_simulations.progress import SilentProgress
 from fedcmr_simulations.runner import SimulationRequest, simulate
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("FEDCMR_TEST_DATA", ROOT.parent / "shared" / "data")) / "sunnybrook"
 PATIENTS = ("SC-HF-I-05", "SC-HF-NI-04", "SC-HYP-01", "SC-HYP-03", "SC-N-02", "SC-N-03")
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the Sunnybrook images in {DATA}")
+@pytest.mark.skipif(not DATA.is_dir(), reason=NO_SUNNYBROOK)
 def test_two_sites_train_on_real_images(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
