@@ -11,21 +11,21 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 _CHUNK: Final = 16_384
+_PACKET: Final = 1_460  # bytes that an Ethernet frame leaves to TCP
 _RETRANSMISSION_S: Final = 0.3
-_MOST_HEADER: Final = 65_536
 
 
-@dataclass
+@dataclass(frozen=True)
 class Line:
-    """How the line is; may be changed at any time.
+    """How a line is.
 
-    ``delay_s`` is one way. Each chunk of 16 KiB stalls with probability ``loss`` until it would
-    have been sent again; with probability ``damage`` one of its bits flips. While ``is_cut`` nothing moves, and nothing closes either, as when a
-    cable is pulled.
+    ``delay_s`` is one way; ``loss`` the probability that a packet is lost; ``damage`` that one bit
+    flips in a chunk of 16 KiB. While it ``is_cut`` nothing moves, and nothing closes either, as
+    when a cable is pulled.
     """
 
     delay_s: float = 0.0
@@ -33,40 +33,30 @@ class Line:
     bytes_per_s: float | None = None
     damage: float = 0.0
     is_cut: bool = False
-    carried: int = 0
-    _random: random.Random = field(default_factory=lambda: random.Random(7))
 
-    async def carry(self, size: int) -> None:
-        """Wait as long as ``size`` bytes take."""
-        if self.bytes_per_s is not None:
-            await asyncio.sleep(size / self.bytes_per_s)
-        if self._random.random() < self.loss:
-            await asyncio.sleep(_RETRANSMISSION_S)
-        while self.is_cut:
-            await asyncio.sleep(0.05)
-        self.carried += size
 
-    def spoilt(self, data: bytes) -> bytes:
-        """Return ``data`` as it arrives."""
-        if self._random.random() >= self.damage:
-            return data
-        place = self._random.randrange(len(data))
-        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+GOOD: Final = Line()
+CUT: Final = Line(is_cut=True)
 
 
 class BadLink:
-    """The proxy; ``url`` is what a site's agent.yaml names."""
+    """The proxy; ``url`` is what a site's agent.yaml names.
 
-    def __init__(self, line: Line) -> None:
-        self.line = line
+    ``line`` may be replaced at any time; ``carried`` counts bytes, both ways.
+    """
+
+    def __init__(self) -> None:
+        self.line = GOOD
+        self.carried = 0
         self.url = ""
         self._tasks: set[asyncio.Task[None]] = set()
+        self._random = random.Random(7)
 
     @classmethod
     @contextmanager
-    def open(cls, line: Line | None = None) -> Iterator[BadLink]:
+    def open(cls) -> Iterator[BadLink]:
         """Serve on a free port of the loopback until the end of the block."""
-        link = cls(line or Line())
+        link = cls()
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="bad-link")
         thread.start()
@@ -74,7 +64,6 @@ class BadLink:
             asyncio.run_coroutine_threadsafe(link._serve(), loop).result(10)
             yield link
         finally:
-            link.line.is_cut = False
             asyncio.run_coroutine_threadsafe(link._close(), loop).result(10)
             loop.call_soon_threadsafe(loop.stop)
             thread.join(10)
@@ -98,7 +87,7 @@ class BadLink:
         with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             head = await reader.readuntil(b"\r\n\r\n")
             host, _, port = head.split(b" ")[1].decode().rpartition(":")
-            await self.line.carry(len(head))
+            await self._carry(len(head))
             far_reader, far_writer = await asyncio.open_connection(host.strip("[]"), int(port))
             writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
             await asyncio.gather(self._copy(reader, far_writer), self._copy(far_reader, writer))
@@ -112,8 +101,8 @@ class BadLink:
         async def read() -> None:
             with suppress(OSError):  # a killed process resets its connections
                 while data := await source.read(_CHUNK):
-                    await self.line.carry(len(data))
-                    await queue.put((loop.time() + self.line.delay_s, self.line.spoilt(data)))
+                    await self._carry(len(data))
+                    await queue.put((loop.time() + self.line.delay_s, self._arriving(data)))
             await queue.put((loop.time() + self.line.delay_s, b""))
 
         reading = asyncio.create_task(read())
@@ -128,3 +117,20 @@ class BadLink:
         finally:
             reading.cancel()
             target.close()
+
+    async def _carry(self, size: int) -> None:
+        """Wait as long as ``size`` bytes take."""
+        while self.line.is_cut:
+            await asyncio.sleep(0.05)
+        if self.line.bytes_per_s is not None:
+            await asyncio.sleep(size / self.line.bytes_per_s)
+        arrives = (1 - self.line.loss) ** -(-size // _PACKET)
+        if self._random.random() >= arrives:
+            await asyncio.sleep(_RETRANSMISSION_S)
+        self.carried += size
+
+    def _arriving(self, data: bytes) -> bytes:
+        if self._random.random() >= self.line.damage:
+            return data
+        place = self._random.randrange(len(data))
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]

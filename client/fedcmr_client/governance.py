@@ -206,10 +206,16 @@ class Governance:
         pages = self._pages(self._stub.ListReceipts, pb.ListReceiptsRequest, "receipts", job=job)
         return [_document(Receipt, text) for text in pages]
 
-    def report(self, condition: Condition, software: str = __version__) -> None:
-        """Tell how this member is."""
+    def report(self, condition: Condition, software: str = __version__) -> float:
+        """Tell how this member is; return how far its clock is off, at least.
+
+        In seconds: positive if this machine's clock is ahead of the coordinator's.
+        """
         request = pb.ReportRequest(software=software, condition=_CONDITIONS[condition])
-        self._call(self._stub.Report, request)
+        asked = time.time()
+        theirs: float = self._call(self._stub.Report, request).at / 1000
+        # They looked at their clock some time between these two.
+        return max(asked - theirs, 0.0) or min(time.time() - theirs, 0.0)
 
     def leave(self) -> None:
         """End this member's membership: from then on every call is refused."""

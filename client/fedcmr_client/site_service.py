@@ -19,6 +19,7 @@ from typing import Final
 from fedcmr_client import agent_lock, site_health
 from fedcmr_client.agent_lock import only_agent
 from fedcmr_client.agent_settings import AgentSettings
+from fedcmr_client.gpus import gpus_of
 from fedcmr_client.pauses import held_by
 from fedcmr_client.roster_news import RosterNews
 from fedcmr_client.runner import Runner
@@ -59,6 +60,7 @@ class SiteService:
         self._membership = home.membership
         self._stopping = threading.Event()
         self._require_sound()
+        self._gpus = gpus_of(home.policy, settings.gpus)
         self._route = self._membership.route(settings.forward_proxy())
         self._health = self._first_health()
 
@@ -111,8 +113,6 @@ class SiteService:
         self._membership.require_of(home.policy.site, home.identity())
         home.open_ledger().close()
         home.open_store().close()
-        if home.policy.device == "cuda":
-            _require_gpu()
 
     def _warn_unless_reachable(self) -> None:
         # After a power cut the coordinator or the network may come later than this machine.
@@ -136,7 +136,6 @@ class SiteService:
             workers=settings.workers,
             nice=settings.nice,
             memory_mib=settings.worker_memory_mib,
-            cuda_devices=settings.cuda_devices,
         )
         home = self._home
         return Runner(
@@ -146,6 +145,7 @@ class SiteService:
             record_refusal=self._record_refusal,
             paused=lambda: home.pause.on,
             limits=limits,
+            gpus=self._gpus,
         )
 
     def _record_refusal(self, rule: str) -> None:
@@ -156,6 +156,8 @@ class SiteService:
         written_at, report = -WRITE_S, self._home.run / site_health.FILE
         while not self._stopping.is_set():
             before, self._health = self._health, self._look(tunnel, node, sync)
+            if before.connected and not self._health.connected:
+                sync.hurry()  # the governance service says why, if the site was thrown out
             now = time.monotonic()
             if now - written_at >= WRITE_S or self._health.differs(before):
                 self._health.write(report)
@@ -219,6 +221,10 @@ def _newest_problem(
     problem = tunnel.problem
     if problem is not None:
         return Problem(problem.kind, str(problem))
+    if sync.clock_problem is not None:
+        return Problem("clock", sync.clock_problem)
+    if sync.rejection is not None:
+        return Problem("rejected", sync.rejection)
     if node.problem is not None:
         return Problem("supernode", node.problem)
     if sync.problem is not None:
@@ -228,12 +234,3 @@ def _newest_problem(
             "certificate-expires", f"the certificate expires in {certificate_days:.0f} days"
         )
     return None
-
-
-def _require_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        raise ConfigurationError(
-            "device: the policy says cuda, but torch finds no GPU: install the driver or write cpu"
-        )

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
+from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
 from fedcmr_client.announced import is_over, refused_by
@@ -23,12 +24,15 @@ from fedcmr_shared.schemas.ledger import Started
 from fedcmr_shared.schemas.receipt import Receipt
 
 if TYPE_CHECKING:
-    from fedcmr_client.membership import Membership
     from fedcmr_client.site_home import SiteHome
     from fedcmr_shared.schemas.ledger import Hash
 
 FIRST_WAIT_S: Final = 2.0
 """After a failure it is tried again so soon; the time doubles up to the usual interval."""
+
+CLOCK_AHEAD_S: Final = 5.0
+CLOCK_BEHIND_S: Final = 300.0
+"""The SuperLink refuses what was signed later than that from now, or longer ago."""
 
 LAST_WORD_S: Final = 5.0
 """A stopping agent waits so long for its last report to arrive."""
@@ -36,9 +40,7 @@ LAST_WORD_S: Final = 5.0
 _log = logging.getLogger("fedcmr.site")
 
 
-def renew_certificate(
-    membership: Membership, governance: Governance, *, new_key: bool = False
-) -> None:
+def renew_certificate(home: SiteHome, governance: Governance, *, new_key: bool = False) -> None:
     """Fetch a new certificate, for the same or a new key, and take it.
 
     Raises:
@@ -46,8 +48,11 @@ def renew_certificate(
         FederationError: it refuses.
         ConfigurationError: what it sent cannot be used; the present one stays.
     """
+    membership = home.membership
     request = membership.renewal_request(new_key=new_key)
     membership.replace_certificate(governance.renew(request))
+    if new_key:
+        membership.write_request(home.identity())
     until = membership.certificate.not_valid_after_utc
     _log.info("the certificate was renewed: it is valid until %s", f"{until:%Y-%m-%d}")
 
@@ -71,8 +76,10 @@ class SiteSync:
         self._every_s = every_s
         self._attention = attention
         self._stopping = threading.Event()
+        self._due = threading.Event()
         self._thread = threading.Thread(target=self._keep_up, name="sync", daemon=True)
-        self._problem: str | None = None
+        self._problem: FedcmrError | None = None
+        self._clock_problem: str | None = None
         self._receipts: dict[Hash, set[Receipt]] = {}
         self._told: set[Hash] = set()
 
@@ -81,22 +88,41 @@ class SiteSync:
         """What failed the last time; None when all went well or nothing was tried yet."""
         if self._thread.ident is not None and not self._thread.is_alive():
             return "the agent's sync has broken down: restart the agent, and report its log"
-        return self._problem
+        problem = self._problem
+        return None if problem is None else str(problem)
+
+    @property
+    def rejection(self) -> str | None:
+        """Why the coordinator refuses this site's certificate, if it did so the last time."""
+        problem = self._problem
+        rejected = isinstance(problem, ConnectionProblem) and problem.kind == "rejected"
+        return str(problem) if rejected else None
+
+    @property
+    def clock_problem(self) -> str | None:
+        """Why the SuperLink refuses this machine's messages, if that is its clock."""
+        return self._clock_problem
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
+    def hurry(self) -> None:
+        """Do everything now; returns at once."""
+        self._due.set()
+
     def stop(self) -> None:
         """End, after a last report that need not arrive."""
         self._stopping.set()
+        self._due.set()
         self._thread.join(LAST_WORD_S)
 
     def once(self, governance: Governance) -> None:
         """Do everything once.
 
         Raises:
-            ConnectionProblem: the coordinator cannot be reached.
+            ConnectionProblem: the coordinator cannot be reached, or this machine's clock is wrong;
+                nothing else was done.
             FedcmrError: something failed; the rest was done.
         """
         deeds = (
@@ -113,7 +139,7 @@ class SiteSync:
             try:
                 deed(governance)
             except ConnectionProblem:
-                raise  # the others would fail alike
+                raise  # the others would fail alike, or bring a wrong time into the ledger
             except FedcmrError as error:
                 _log.error("%s", error)
                 problems.append(error)
@@ -128,10 +154,11 @@ class SiteSync:
                     self.once(governance)
                     self._problem, failures = None, 0
                 except FedcmrError as error:
-                    self._note(str(error))
+                    self._note(error)
                     failures += 1
                 wait = FIRST_WAIT_S * 2 ** min(failures - 1, 16) if failures else self._every_s
-                self._stopping.wait(min(wait, self._every_s))
+                self._due.wait(min(wait, self._every_s))
+                self._due.clear()
             try:
                 governance.report("stopping")
             except FedcmrError as error:
@@ -140,13 +167,16 @@ class SiteSync:
     def _wait(self, seconds: float) -> None:
         self._stopping.wait(seconds)
 
-    def _note(self, problem: str) -> None:
-        if problem != self._problem:
+    def _note(self, problem: FedcmrError) -> None:
+        if str(problem) != str(self._problem):
             _log.warning("%s", problem)
         self._problem = problem
 
     def _report(self, governance: Governance) -> None:
-        governance.report(self._condition())
+        ahead_s = governance.report(self._condition())
+        self._clock_problem = _clock_problem(ahead_s)
+        if self._clock_problem is not None:
+            raise ConnectionProblem("clock", self._clock_problem)
 
     def _condition(self) -> Condition:
         if self._home.pause.on:
@@ -159,7 +189,7 @@ class SiteSync:
         membership = self._home.membership
         changing = membership.changing_key  # an answer was lost: the old one soon ends
         if changing or days_left(membership.certificate) <= WARNING_DAYS:
-            renew_certificate(membership, governance, new_key=changing)
+            renew_certificate(self._home, governance, new_key=changing)
 
     def _hand_in_receipts(self, governance: Governance) -> None:
         """Sign a receipt for each start of this coordinator's jobs that it has none of yet.
@@ -208,3 +238,13 @@ class SiteSync:
     def _cosign(self, governance: Governance) -> None:
         roster = RosterNews(self._home).accepted
         publish_and_cosign(governance, self._home, {} if roster is None else roster.sites)
+
+
+def _clock_problem(ahead_s: float) -> str | None:
+    if -CLOCK_BEHIND_S <= ahead_s <= CLOCK_AHEAD_S:
+        return None
+    off, side = timedelta(seconds=round(abs(ahead_s))), "ahead of" if ahead_s > 0 else "behind"
+    return (
+        f"this machine's clock is {off} {side} the coordinator's, which therefore refuses the "
+        "site's messages: set the clock, best by NTP"
+    )

@@ -4,7 +4,8 @@ Flower alone would live on in three cases; each ends the process here, so that `
 and starts another:
 
 - the agent is gone, whatever killed it: the other end of standard input closes;
-- a thread died, for example the one of the heartbeats: the node would look offline for ever;
+- a thread died, for example the one of the heartbeats: the node would look offline for ever; or
+  the main thread, without which its web server's would still keep the process;
 - the connection's loop ended with an error: Flower logs it and waits for its web server.
 """
 
@@ -15,7 +16,9 @@ import logging
 import os
 import resource
 import signal
+import sys
 import threading
+from types import TracebackType
 
 from flwr.supernode.cli.flower_supernode import flower_supernode
 
@@ -31,6 +34,7 @@ def main() -> None:
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
     threading.excepthook = _end
+    sys.excepthook = _end_at_once
     threading.Thread(target=_end_with_the_agent, daemon=True).start()
     flower_supernode()
     os._exit(1)
@@ -46,6 +50,14 @@ def _end(failure: threading.ExceptHookArgs, /) -> None:
     name = failure.thread.name if failure.thread else "a thread"
     _log.error("%s ended: %s", name, failure.exc_value)
     _stop()
+
+
+def _end_at_once(
+    kind: type[BaseException], failure: BaseException, trace: TracebackType | None
+) -> None:
+    sys.__excepthook__(kind, failure, trace)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _stop() -> None:

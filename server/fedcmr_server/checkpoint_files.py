@@ -11,6 +11,7 @@ The bundle is written last: with it, a round's files are complete.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,27 @@ class CheckpointFiles:
             raise ModelError(f"{optimiser}: cannot write the server optimiser: {error}") from error
         save_bundle(path, checkpoint.state, model, {"round": str(checkpoint.round)})
         return path
+
+    def require_room(self) -> None:
+        """Require that another round fits on the disk: a bundle as large as the newest, and an
+        optimiser with two values for each of its parameters.
+
+        Raises:
+            ModelError: it does not, or the folder cannot be read.
+        """
+        newest = self.newest()
+        if newest is None:
+            return
+        try:
+            needed = 3 * self.path(newest).stat().st_size
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise ModelError(f"{self.folder} cannot be read: {error.strerror}") from error
+        if free < needed:
+            raise ModelError(
+                f"{self.folder}: the next model may need {needed >> 10} KiB and {free >> 10} KiB "
+                "are free: make room, then resume the job"
+            )
 
     def load(self, number: int) -> Checkpoint:
         """Read the files of a round.

@@ -63,6 +63,9 @@ class JobRun(Protocol):
     def begin(self, number: int) -> None:
         """Note that a round begins, perhaps anew."""
 
+    def require_room(self) -> None:
+        """Require that `commit` will find room: a sum that was opened is not opened again."""
+
     def commit(self, checkpoint: Checkpoint, **figures: Any) -> None:
         """Store what a round led to, to last once this returns.
 
@@ -130,6 +133,10 @@ class StoredRun:
     def begin(self, number: int) -> None:
         """See :class:`JobRun`."""
         Rounds(self.store).start(self.job_id, number, self.run)
+
+    def require_room(self) -> None:
+        """See :class:`JobRun`."""
+        self._files.require_room()
 
     def commit(self, checkpoint: Checkpoint, **figures: Any) -> None:
         """See :class:`JobRun`."""

@@ -129,6 +129,10 @@ class RunFolder:
     def begin(self, number: int) -> None:
         """Nothing to note: a round is there when its bundle is."""
 
+    def require_room(self) -> None:
+        """Require that another checkpoint fits on the disk; ModelError if not."""
+        self._files.require_room()
+
     def commit(self, checkpoint: Checkpoint, **figures: Any) -> None:
         """Store ``checkpoint``; with ``figures`` these become its event ``round``."""
         self._files.save(checkpoint, self.job.model)

@@ -34,6 +34,7 @@ ProblemKind = Literal[
     "wrong-host",
     "server-dates",
     "own-certificate",
+    "clock",
     "rejected",
     "tls",
 ]

@@ -153,6 +153,7 @@ class Parts:
         self.node = SimpleNamespace(node_id=7, problem=None)
         self.sync_problem: str | None = None
         self.clock_problem: str | None = None
+        self.rejection: str | None = None
         self.paused: Callable[[], bool] = lambda: False
         self.record_refusal: Callable[[str], None] = lambda _: None
         self.limits: Any = None
@@ -207,6 +208,10 @@ class Parts:
             name = "sync"
             problem = property(lambda self: parts.sync_problem)
             clock_problem = property(lambda self: parts.clock_problem)
+            rejection = property(lambda self: parts.rejection)
+
+            def hurry(self) -> None:
+                parts.events.append("sync hurries")
 
         real = {"Tunnel": Tunnel, "SuperNode": Node, "Runner": Runner, "SiteSync": Sync}
         for name, part in real.items():
@@ -328,17 +333,30 @@ class TestRunning:
         service = SiteService(joined, AgentSettings())
         with running(service):
             assert settled(service).problem == Problem("supernode", "the SuperNode ended")
+            parts.rejection = "the certificate was revoked"
+            expected = Problem("rejected", "the certificate was revoked")
+            wait_for("the rejection", lambda: service.health.problem == expected)
             parts.clock_problem = "the clock is a day ahead"
             expected = Problem("clock", "the clock is a day ahead")
             wait_for("the clock", lambda: service.health.problem == expected)
             parts.problem = ConnectionProblem("timed-out", "no answer")
             expected = Problem("timed-out", "no answer")
             wait_for("the cause", lambda: service.health.problem == expected)
-            parts.problem = parts.clock_problem = parts.node.problem = None
+            parts.problem = parts.clock_problem = parts.rejection = parts.node.problem = None
             expected = Problem("governance", "cannot be reached")
             wait_for("the rest", lambda: service.health.problem == expected)
             parts.sync_problem, parts.node.node_id = None, 7
             wait_for("all well", lambda: service.health.ready and not service.health.problem)
+
+    def test_a_lost_node_has_the_coordinator_asked_why(
+        self, joined: SiteHome, parts: Parts
+    ) -> None:
+        service = SiteService(joined, AgentSettings())
+        with running(service):
+            assert settled(service).ready
+            assert "sync hurries" not in parts.events
+            parts.node.node_id = None
+            wait_for("the question", lambda: "sync hurries" in parts.events)
 
     def test_a_certificate_that_expires_soon_is_a_problem(
         self, home: SiteHome, authority: Authority, parts: Parts

@@ -210,11 +210,56 @@ def test_one_deed_that_fails_stops_no_other(
     assert RosterNews(federation.site).newest is None
 
 
+@pytest.mark.parametrize(
+    ("ahead_s", "said"),
+    [
+        (5.0, None),
+        (-300.0, None),
+        (86_400.0, "clock is 1 day, 0:00:00 ahead of the coordinator's"),
+        (-3601.2, "clock is 1:00:01 behind the coordinator's"),
+    ],
+)
+def test_a_site_whose_clock_is_off_is_told_so(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, ahead_s: float, said: str | None
+) -> None:
+    monkeypatch.setattr(Governance, "report", lambda self, condition: ahead_s)
+    sync = SiteSync(federation.site, federation.target, 60)
+    with federation.governance() as governance:
+        if said is None:
+            sync.once(governance)
+            assert sync.clock_problem is None
+            return
+        with pytest.raises(ConnectionProblem, match=said):
+            sync.once(governance)
+        assert said in str(sync.clock_problem)
+        assert Checkpoints(federation.store).newest("alder") is None, "no entry with that time"
+        monkeypatch.setattr(Governance, "report", lambda self, condition: 0.0)
+        sync.once(governance)
+    assert sync.clock_problem is None
+
+
 def test_who_was_thrown_out_learns_it(federation: Federation) -> None:
     federation.sync()
     end_membership(federation.coordinator, federation.store, "alder", "revoked", "lost key")
     with pytest.raises(ConnectionProblem, match="refuses this member"):
         federation.sync()
+
+
+def test_a_hurried_sync_learns_at_once_that_the_site_was_revoked(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site_sync, "Governance", lambda target, wait: federation.governance())
+    sync = SiteSync(federation.site, federation.target, 3600)
+    sync.start()
+    try:
+        wait_for("the first pass", lambda: Checkpoints(federation.store).newest("alder"))
+        assert (sync.problem, sync.rejection) == (None, None)
+        end_membership(federation.coordinator, federation.store, "alder", "revoked", "lost key")
+        sync.hurry()
+        said = wait_for("the refusal", lambda: sync.rejection)
+    finally:
+        sync.stop()
+    assert "revoked: ask the coordinator" in said
 
 
 def test_the_thread_goes_on_after_failures_and_says_goodbye(
@@ -225,11 +270,11 @@ def test_the_thread_goes_on_after_failures_and_says_goodbye(
     reports: list[str] = []
     real = Governance.report
 
-    def report(self: Governance, condition: str) -> None:
+    def report(self: Governance, condition: str) -> float:
         reports.append(condition)
         if len(reports) < 3:
             raise ConnectionProblem("unreachable", "the service is starting")
-        real(self, condition)  # type: ignore[arg-type]
+        return real(self, condition)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Governance, "report", report)
     sync = SiteSync(federation.site, federation.target, 60)

@@ -1,7 +1,9 @@
-"""What the keeper of a SuperNode waits for and tells, without a process."""
+"""What the keeper of a SuperNode waits for and tells, without Flower."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +44,23 @@ def test_settings_that_cannot_work_are_named(
     SuperNodeSettings(**right)
     with pytest.raises(ConfigurationError, match=field):
         SuperNodeSettings(**right | change)
+
+
+def test_a_supernode_whose_main_thread_fails_does_not_linger() -> None:
+    failing = """
+import threading
+from fedcmr_client import supernode_process
+def flower_supernode():
+    threading.Thread(target=threading.Event().wait).start()  # Flower's web server
+    raise OSError("no more files")
+supernode_process.flower_supernode = flower_supernode
+supernode_process.main()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", failing], stdin=pipe, stderr=pipe) as process:
+        try:
+            assert process.wait(60) == 1
+            assert process.stderr is not None
+            assert b"no more files" in process.stderr.read()
+        finally:
+            process.kill()

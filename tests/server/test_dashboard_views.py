@@ -188,6 +188,43 @@ def test_attempts_have_their_outcome_survivors_and_losses() -> None:
     assert history.bytes == (10, 14)
 
 
+@pytest.mark.parametrize(
+    ("later", "outcomes"),
+    [
+        ([], ["under way"]),
+        ([event("unmask_asked", phase="train", round=1, attempt=1)], ["under way"]),
+        ([event("pause"), event("authorise")], ["under way"]),
+        (attempt("train", 1, 2), ["cut off", "opened"]),
+        (attempt("train", 1, 2)[:1], ["cut off", "under way"]),
+        ([event("round", round=1)], ["cut off"]),
+        ([event("run_lost")], ["cut off"]),
+        ([event("cancel")], ["cut off"]),
+        # Shares were asked for: the next run closes the round.
+        ([event("run_lost"), *attempt("train", 1, 1, "closed")[1:]], ["closed"]),
+    ],
+)
+def test_an_attempt_that_nobody_works_on_is_cut_off(
+    later: list[EventRow], outcomes: list[str]
+) -> None:
+    history = History.of([*attempt("train", 1, 1)[:1], *later])
+    assert [a.outcome for a in history.attempts] == outcomes
+
+
+def test_a_cut_off_attempt_shows_as_such() -> None:
+    events = [*attempt("train", 1, 1)[:1], event("run_lost"), *attempt("train", 1, 2)[:1]]
+    page = job_page(JobRows(job_row(), [round_row(1, "started")], events), NOW)
+    lines = [(line.number, line.outcome, line.tone, line.bytes_up) for line in page.attempts]
+    assert lines == [(2, "under way", "live", "–"), (1, "cut off", "warn", "–")]
+    assert {figure.name: figure.value for figure in page.outcomes} == {
+        "opened": "0",
+        "ended": "0",
+        "closed": "0",
+        "cut off": "1",
+        "under way": "1",
+    }
+    assert page.card.doing == "Round 1, training: attempt 2 began 59 minutes ago"
+
+
 def test_only_public_codes_of_a_loss_are_kept() -> None:
     secret = loss("birch", "keys", "refused", "patient 17 has no consent: so no")
     (found,) = History.of(attempt("train", 1, 1, losses=[secret])).attempts[0].losses

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from databases import PostgresqlServer
 from deployment import SITES, missing_programs, short_folder
 from fault_cases import (
     Act,
-    Lab,
     cut,
     kill_coordinator,
     kill_site,
@@ -22,6 +20,7 @@ from fault_cases import (
     restart_database,
     revoke,
 )
+from fault_lab import Lab
 
 __all__ = ["short_folder"]
 
@@ -43,15 +42,14 @@ MAY_REPEAT = [("cedar", "train", 1)]
 
 @pytest.fixture
 def lab(short_folder: Path) -> Iterator[Lab]:
-    """A federation with a PostgreSQL server of its own."""
-    with PostgresqlServer.open() as database, Lab.open(short_folder, database) as lab:
+    with Lab.open(short_folder) as lab:
         yield lab
 
 
 def test_a_job_survives_what_breaks_in_each_round(lab: Lab) -> None:
     job = lab.submit(rounds=len(FAULTS), evaluated="last")
     for number, act in FAULTS.items():
-        lab.wait_event(job, "attempt_started", phase="train", round=number)
+        lab.wait_round(job, number)
         act(lab, job)
     attempts = lab.finish(job)
     starts = lab.account(job, MAY_REPEAT)
@@ -82,4 +80,6 @@ def _require_released(lab: Lab, job: str) -> None:
     alder = lab.site("alder")
     kit = alder.folder / "federation" / "kit.json"
     verified = alder.fedcmr("models", "verify", released["path"], "--kit", str(kit))
-    assert verified["job"] == job
+    rounds = verified["card"]["lineage"]["rounds"]
+    assert len(rounds) == len(FAULTS)
+    assert [each["number"] for each in rounds if each["closed"]] == [4]

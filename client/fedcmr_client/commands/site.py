@@ -20,6 +20,7 @@ from fedcmr_client.commands.site_join import (
     request,
 )
 from fedcmr_client.commands.site_plan import plan
+from fedcmr_client.commands.site_releases import fetch_release, releases
 from fedcmr_client.commands.site_roster import roster
 from fedcmr_client.commands.site_service import check_connection, jobs, pause, resume, start
 from fedcmr_client.commands.site_status import budget, find_job, open_site, status, trust_line
@@ -39,7 +40,7 @@ for _command in (
     *(plan, check, status, budget, jobs),
     *(request, join, roster, renew, leave),
     *(start, check_connection, pause, resume),
-    *(export_evidence, hand_in),
+    *(export_evidence, hand_in, releases, fetch_release),
 ):
     site.add_command(_command)
 

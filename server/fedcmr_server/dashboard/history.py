@@ -9,24 +9,34 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from fedcmr_server.losses import Loss
 from fedcmr_server.store.tables import EventRow
 from fedcmr_server.words import METRICS
 
+UNDER_WAY: Final = "under way"
+CUT_OFF: Final = "cut off"
+"""Outcomes of an attempt without one: it may have one yet, or whoever made it is gone."""
+
+_NEXT: Final = frozenset(
+    {"attempt_started", "round", "evaluation"}
+    | {"start", "run_lost", "paused", "finish", "fail", "cancel"}
+)
+"""Events after which nothing from before is under way: a job makes one attempt at a time."""
+
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt at a secure sum. Its outcome is ``under way`` until it has one."""
+    """One attempt at a secure sum. Its outcome is `UNDER_WAY` until it has one, or is `CUT_OFF`."""
 
     phase: str
     round: int
     number: int
     at: datetime
-    outcome: str = "under way"
+    outcome: str = UNDER_WAY
     step: str = ""
     survivors: int = 0
     sites: int = 0
@@ -82,6 +92,8 @@ class History:
         energy: list[float] = []
         for event in events:
             values = event.content
+            if event.name in _NEXT:
+                _cut_off(attempts)
             if event.name == "round":
                 rounds.append(_training(values))
             elif event.name == "evaluation":
@@ -141,6 +153,13 @@ def _evaluation(values: Mapping[str, Any]) -> Evaluation:
         bytes_up=_count(values, "bytes_up"),
         bytes_down=_count(values, "bytes_down"),
     )
+
+
+def _cut_off(attempts: dict[tuple[str, int, int], Attempt]) -> None:
+    """End the newest attempt if it is under way; those before it have ended."""
+    place = next(reversed(attempts), None)
+    if place is not None and attempts[place].outcome == UNDER_WAY:
+        attempts[place] = replace(attempts[place], outcome=CUT_OFF)
 
 
 def _attempt(event: EventRow, before: Attempt | None) -> Attempt:

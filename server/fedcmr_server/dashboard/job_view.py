@@ -12,7 +12,14 @@ from typing import Final
 from pydantic import ValidationError
 
 from fedcmr_server.dashboard.charts import Chart, Points, chart
-from fedcmr_server.dashboard.history import Attempt, Evaluation, History, Training
+from fedcmr_server.dashboard.history import (
+    CUT_OFF,
+    UNDER_WAY,
+    Attempt,
+    Evaluation,
+    History,
+    Training,
+)
 from fedcmr_server.job_states import JobState
 from fedcmr_server.losses import Loss
 from fedcmr_server.store.tables import EventRow, JobRow, ReleaseRow, RoundRow
@@ -240,9 +247,8 @@ def _doing(job: JobRow, rounds: Sequence[RoundRow], history: History, now: datet
     if job.run is None:
         lost = f" after {plural(job.losses, 'lost run')}" if job.losses else ""
         return f"Waits for its next run{lost}"
-    open_attempts = [a for a in history.attempts if a.outcome == "under way"]
-    newest = open_attempts[-1] if open_attempts and history.attempts[-1] in open_attempts else None
-    if newest is not None:
+    newest = history.attempts[-1] if history.attempts else None
+    if newest is not None and newest.outcome == UNDER_WAY:
         what = f"Round {newest.round}, {PHASES.get(newest.phase, newest.phase)}"
         asked = ", opening the sum" if newest.unmask_asked else ""
         return f"{what}: attempt {newest.number} began {ago(newest.at, now)}{asked}"
@@ -472,11 +478,11 @@ def _round_line(
     )
 
 
-_OUTCOME_TONES: Final = {"opened": "good", "ended": "warn", "closed": "bad"}
+_OUTCOME_TONES: Final = {"opened": "good", "ended": "warn", "closed": "bad", CUT_OFF: "warn"}
 
 
 def _attempt_line(attempt: Attempt) -> AttemptLine:
-    over = attempt.outcome in _OUTCOME_TONES
+    measured = attempt.outcome not in (UNDER_WAY, CUT_OFF)
     return AttemptLine(
         phase=PHASES.get(attempt.phase, attempt.phase),
         round=attempt.round,
@@ -487,8 +493,8 @@ def _attempt_line(attempt: Attempt) -> AttemptLine:
         survivors=f"{attempt.survivors} of {attempt.sites}" if attempt.survivors else NOTHING,
         losses=attempt.losses,
         seconds=seconds_text(attempt.seconds),
-        bytes_up=bytes_text(attempt.bytes_up) if over else NOTHING,
-        bytes_down=bytes_text(attempt.bytes_down) if over else NOTHING,
+        bytes_up=bytes_text(attempt.bytes_up) if measured else NOTHING,
+        bytes_down=bytes_text(attempt.bytes_down) if measured else NOTHING,
         at=attempt.at,
     )
 
@@ -498,11 +504,12 @@ def _outcomes(attempts: Sequence[Attempt]) -> tuple[Figure, ...]:
         "opened": "the sum was opened",
         "ended": "too few sites; another attempt could follow",
         "closed": "too few sites after shares were asked for; the round has no update",
-        "under way": "no outcome yet",
+        CUT_OFF: "its run ended before it had an outcome; another attempt could follow",
+        UNDER_WAY: "no outcome yet",
     }
     counts = {name: sum(each.outcome == name for each in attempts) for name in meanings}
     return tuple(
         Figure(name, f"{count:,}", meanings[name])
         for name, count in counts.items()
-        if count or name != "under way"
+        if count or name not in (CUT_OFF, UNDER_WAY)
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -128,14 +128,14 @@ class Service:
         return pb.ListReceiptsReply(receipts=[row.document for row in rows], more=more)
 
     def Report(self, request: pb.ReportRequest, caller: Caller) -> pb.ReportReply:
-        """Note the caller's software and how it is."""
+        """Note the caller's software and how it is; tell it the time."""
         if not _VERSION.fullmatch(request.software):
             raise ConfigurationError("software: give a version, such as 1.2.0")
         condition = CONDITIONS.get(request.condition)
         if condition is None:
             raise ConfigurationError("condition: give one of those that the interface names")
         Members(self._store).seen(caller.name, request.software, condition=condition)
-        return pb.ReportReply()
+        return pb.ReportReply(at=_milliseconds(datetime.now(UTC)))
 
     def Leave(self, request: pb.LeaveRequest, caller: Caller) -> pb.LeaveReply:
         """End the caller's membership."""

@@ -34,37 +34,40 @@ def verify(file: Path, trust: str | None, kit: Path | None, as_json: bool) -> No
         raise click.UsageError("give one of --trust KEY and --kit FILE: whom do you trust?")
     if trust is not None and not _KEY.fullmatch(trust):
         raise click.UsageError("--trust takes a public key: 64 hexadecimal digits, lower case")
-    known = None if kit is None else _read_kit(kit)
-    release = ReleaseBundle.verify(file, trust or (known.coordinator_key if known else ""))
-    if known is not None:
-        _check_federation(release, known, file)
-    rows = _verified(release)
+    if kit is None:
+        release = ReleaseBundle.verify(file, trust or "")
+    else:
+        release = verify_by_kit(file, _read_kit(kit))
+    rows = checks(release)
     if as_json:
-        checks = {row["checked"]: row["result"] for row in rows}
+        found = {row["checked"]: row["result"] for row in rows}
         card = release.card.model_dump(mode="json")
-        print_json({"verified": True, "sha256": release.sha256, "checks": checks, "card": card})
+        print_json({"verified": True, "sha256": release.sha256, "checks": found, "card": card})
     else:
         print_table(f"{file.name} is verified", rows, ("checked", "result"))
 
 
-def _read_kit(path: Path) -> StartupKit:
-    from fedcmr_shared.identity.enrolment import StartupKit
+def verify_by_kit(file: Path, kit: StartupKit) -> ReleaseBundle:
+    """Read the release of the coordinator and the federation that ``kit`` names.
 
-    return StartupKit.read(path)
-
-
-def _check_federation(release: ReleaseBundle, kit: StartupKit, file: Path) -> None:
+    Raises:
+        ModelError: with the first thing that is wrong.
+    """
     from fedcmr_shared.errors import ModelError
     from fedcmr_shared.identity.certificates import fingerprint, read_certificate
+    from fedcmr_shared.models.release import ReleaseBundle
 
+    release = ReleaseBundle.verify(file, kit.coordinator_key)
     if release.card.federation_sha256 != fingerprint(read_certificate(kit.authority)):
         raise ModelError(
             f"release {file}: it is of another federation ({release.card.federation}) than the kit "
             f"({kit.federation})"
         )
+    return release
 
 
-def _verified(release: ReleaseBundle) -> list[dict[str, str]]:
+def checks(release: ReleaseBundle) -> list[dict[str, str]]:
+    """Return what was checked of a verified release, and with what result, in rows of a table."""
     from fedcmr_shared.models.card_text import privacy_sentence
 
     card, lineage = release.card, release.card.lineage
@@ -81,3 +84,9 @@ def _verified(release: ReleaseBundle) -> list[dict[str, str]]:
             ("gates", f"{gates} passed" if gates else "none apply to this kind of model"),
         )
     ]
+
+
+def _read_kit(path: Path) -> StartupKit:
+    from fedcmr_shared.identity.enrolment import StartupKit
+
+    return StartupKit.read(path)

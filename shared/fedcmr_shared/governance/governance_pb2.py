@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)fedcmr_shared/governance/governance.proto\x12\x14\x66\x65\x64\x63mr.governance.v1\"+\n\x0cRenewRequest\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\t\"!\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\t\"\"\n\x10GetRosterRequest\x12\x0e\n\x06offset\x18\x01 \x01(\r\"0\n\x0eGetRosterReply\x12\x10\n\x08versions\x18\x01 \x03(\t\x12\x0c\n\x04more\x18\x02 \x01(\x08\"!\n\x0fListJobsRequest\x12\x0e\n\x06offset\x18\x01 \x01(\r\"F\n\rListJobsReply\x12\'\n\x04jobs\x18\x01 \x03(\x0b\x32\x19.fedcmr.governance.v1.Job\x12\x0c\n\x04more\x18\x02 \x01(\x08\"P\n\x03Job\x12\x0c\n\x04spec\x18\x01 \x01(\t\x12\x15\n\rauthorisation\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x15\n\rroster_sha256\x18\x04 \x01(\t\"H\n\x14PutCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\r\n\x05since\x18\x02 \x01(\x04\x12\r\n\x05proof\x18\x03 \x03(\x0c\"\x14\n\x12PutCheckpointReply\"5\n\x16ListCheckpointsRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"u\n\x14ListCheckpointsReply\x12>\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32).fedcmr.governance.v1.PublishedCheckpoint\x12\x0c\n\x04more\x18\x02 \x01(\x08\x12\x0f\n\x07refused\x18\x03 \x03(\t\"8\n\x13PublishedCheckpoint\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\r\n\x05proof\x18\x02 \x03(\x0c\"T\n\x15PutCosignatureRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\t\"\x15\n\x13PutCosignatureReply\"$\n\x11PutReceiptRequest\x12\x0f\n\x07receipt\x18\x01 \x01(\t\"\x11\n\x0fPutReceiptReply\"2\n\x13ListReceiptsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\"3\n\x11ListReceiptsReply\x12\x10\n\x08receipts\x18\x01 \x03(\t\x12\x0c\n\x04more\x18\x02 \x01(\x08\"U\n\rReportRequest\x12\x10\n\x08software\x18\x01 \x01(\t\x12\x32\n\tcondition\x18\x02 \x01(\x0e\x32\x1f.fedcmr.governance.v1.Condition\"\r\n\x0bReportReply\"\x0e\n\x0cLeaveRequest\"\x0c\n\nLeaveReply\"#\n\x12PutEvidenceRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"\"\n\x10PutEvidenceReply\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"%\n\x13ListEvidenceRequest\x12\x0e\n\x06offset\x18\x01 \x01(\r\"W\n\x11ListEvidenceReply\x12\x34\n\x07\x62undles\x18\x01 \x03(\x0b\x32#.fedcmr.governance.v1.EvidenceEntry\x12\x0c\n\x04more\x18\x02 \x01(\x08\"n\n\rEvidenceEntry\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0e\n\x06leaves\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x13\n\x0breceived_at\x18\x06 \x01(\x03\"2\n\x12GetEvidenceRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"!\n\x10GetEvidenceReply\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"%\n\x13ListReleasesRequest\x12\x0e\n\x06offset\x18\x01 \x01(\r\"R\n\x11ListReleasesReply\x12/\n\x08releases\x18\x01 \x03(\x0b\x32\x1d.fedcmr.governance.v1.Release\x12\x0c\n\x04more\x18\x02 \x01(\x08\"J\n\x07Release\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x13\n\x0breleased_at\x18\x04 \x01(\x03\"@\n\x11GetReleaseRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"[\n\x0fGetReleaseReply\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.fedcmr.governance.v1.ReleaseH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part*\x97\x01\n\tCondition\x12\x19\n\x15\x43ONDITION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43ONDITION_READY\x10\x01\x12\x14\n\x10\x43ONDITION_PAUSED\x10\x02\x12\x13\n\x0f\x43ONDITION_QUIET\x10\x03\x12\x16\n\x12\x43ONDITION_STOPPING\x10\x04\x12\x17\n\x13\x43ONDITION_ATTENTION\x10\x05\x32\x9d\x0b\n\nGovernance\x12M\n\x05Renew\x12\".fedcmr.governance.v1.RenewRequest\x1a .fedcmr.governance.v1.RenewReply\x12Y\n\tGetRoster\x12&.fedcmr.governance.v1.GetRosterRequest\x1a$.fedcmr.governance.v1.GetRosterReply\x12V\n\x08ListJobs\x12%.fedcmr.governance.v1.ListJobsRequest\x1a#.fedcmr.governance.v1.ListJobsReply\x12\x65\n\rPutCheckpoint\x12*.fedcmr.governance.v1.PutCheckpointRequest\x1a(.fedcmr.governance.v1.PutCheckpointReply\x12k\n\x0fListCheckpoints\x12,.fedcmr.governance.v1.ListCheckpointsRequest\x1a*.fedcmr.governance.v1.ListCheckpointsReply\x12h\n\x0ePutCosignature\x12+.fedcmr.governance.v1.PutCosignatureRequest\x1a).fedcmr.governance.v1.PutCosignatureReply\x12\\\n\nPutReceipt\x12\'.fedcmr.governance.v1.PutReceiptRequest\x1a%.fedcmr.governance.v1.PutReceiptReply\x12\x62\n\x0cListReceipts\x12).fedcmr.governance.v1.ListReceiptsRequest\x1a\'.fedcmr.governance.v1.ListReceiptsReply\x12P\n\x06Report\x12#.fedcmr.governance.v1.ReportRequest\x1a!.fedcmr.governance.v1.ReportReply\x12M\n\x05Leave\x12\".fedcmr.governance.v1.LeaveRequest\x1a .fedcmr.governance.v1.LeaveReply\x12\x61\n\x0bPutEvidence\x12(.fedcmr.governance.v1.PutEvidenceRequest\x1a&.fedcmr.governance.v1.PutEvidenceReply(\x01\x12\x62\n\x0cListEvidence\x12).fedcmr.governance.v1.ListEvidenceRequest\x1a\'.fedcmr.governance.v1.ListEvidenceReply\x12\x61\n\x0bGetEvidence\x12(.fedcmr.governance.v1.GetEvidenceRequest\x1a&.fedcmr.governance.v1.GetEvidenceReply0\x01\x12\x62\n\x0cListReleases\x12).fedcmr.governance.v1.ListReleasesRequest\x1a\'.fedcmr.governance.v1.ListReleasesReply\x12^\n\nGetRelease\x12\'.fedcmr.governance.v1.GetReleaseRequest\x1a%.fedcmr.governance.v1.GetReleaseReply0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)fedcmr_shared/governance/governance.proto\x12\x14\x66\x65\x64\x63mr.governance.v1\"+\n\x0cRenewRequest\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\t\"!\n\nRenewReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\t\"\"\n\x10GetRosterRequest\x12\x0e\n\x06offset\x18\x01 \x01(\r\"0\n\x0eGetRosterReply\x12\x10\n\x08versions\x18\x01 \x03(\t\x12\x0c\n\x04more\x18\x02 \x01(\x08\"!\n\x0fListJobsRequest\x12\x0e\n\x06offset\x18\x01 \x01(\r\"F\n\rListJobsReply\x12\'\n\x04jobs\x18\x01 \x03(\x0b\x32\x19.fedcmr.governance.v1.Job\x12\x0c\n\x04more\x18\x02 \x01(\x08\"P\n\x03Job\x12\x0c\n\x04spec\x18\x01 \x01(\t\x12\x15\n\rauthorisation\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x15\n\rroster_sha256\x18\x04 \x01(\t\"H\n\x14PutCheckpointRequest\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\r\n\x05since\x18\x02 \x01(\x04\x12\r\n\x05proof\x18\x03 \x03(\x0c\"\x14\n\x12PutCheckpointReply\"5\n\x16ListCheckpointsRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"u\n\x14ListCheckpointsReply\x12>\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32).fedcmr.governance.v1.PublishedCheckpoint\x12\x0c\n\x04more\x18\x02 \x01(\x08\x12\x0f\n\x07refused\x18\x03 \x03(\t\"8\n\x13PublishedCheckpoint\x12\x12\n\ncheckpoint\x18\x01 \x01(\t\x12\r\n\x05proof\x18\x02 \x03(\x0c\"T\n\x15PutCosignatureRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0c\n\x04root\x18\x03 \x01(\t\x12\x11\n\tsignature\x18\x04 \x01(\t\"\x15\n\x13PutCosignatureReply\"$\n\x11PutReceiptRequest\x12\x0f\n\x07receipt\x18\x01 \x01(\t\"\x11\n\x0fPutReceiptReply\"2\n\x13ListReceiptsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\"3\n\x11ListReceiptsReply\x12\x10\n\x08receipts\x18\x01 \x03(\t\x12\x0c\n\x04more\x18\x02 \x01(\x08\"U\n\rReportRequest\x12\x10\n\x08software\x18\x01 \x01(\t\x12\x32\n\tcondition\x18\x02 \x01(\x0e\x32\x1f.fedcmr.governance.v1.Condition\"\x19\n\x0bReportReply\x12\n\n\x02\x61t\x18\x01 \x01(\x03\"\x0e\n\x0cLeaveRequest\"\x0c\n\nLeaveReply\"#\n\x12PutEvidenceRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"\"\n\x10PutEvidenceReply\x12\x0e\n\x06sha256\x18\x01 \x01(\t\"%\n\x13ListEvidenceRequest\x12\x0e\n\x06offset\x18\x01 \x01(\r\"W\n\x11ListEvidenceReply\x12\x34\n\x07\x62undles\x18\x01 \x03(\x0b\x32#.fedcmr.governance.v1.EvidenceEntry\x12\x0c\n\x04more\x18\x02 \x01(\x08\"n\n\rEvidenceEntry\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0b\n\x03job\x18\x02 \x01(\t\x12\x0e\n\x06leaves\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\x12\x13\n\x0breceived_at\x18\x06 \x01(\x03\"2\n\x12GetEvidenceRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"!\n\x10GetEvidenceReply\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"%\n\x13ListReleasesRequest\x12\x0e\n\x06offset\x18\x01 \x01(\r\"R\n\x11ListReleasesReply\x12/\n\x08releases\x18\x01 \x03(\x0b\x32\x1d.fedcmr.governance.v1.Release\x12\x0c\n\x04more\x18\x02 \x01(\x08\"J\n\x07Release\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x13\n\x0breleased_at\x18\x04 \x01(\x03\"@\n\x11GetReleaseRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"[\n\x0fGetReleaseReply\x12/\n\x06header\x18\x01 \x01(\x0b\x32\x1d.fedcmr.governance.v1.ReleaseH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part*\x97\x01\n\tCondition\x12\x19\n\x15\x43ONDITION_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x43ONDITION_READY\x10\x01\x12\x14\n\x10\x43ONDITION_PAUSED\x10\x02\x12\x13\n\x0f\x43ONDITION_QUIET\x10\x03\x12\x16\n\x12\x43ONDITION_STOPPING\x10\x04\x12\x17\n\x13\x43ONDITION_ATTENTION\x10\x05\x32\x9d\x0b\n\nGovernance\x12M\n\x05Renew\x12\".fedcmr.governance.v1.RenewRequest\x1a .fedcmr.governance.v1.RenewReply\x12Y\n\tGetRoster\x12&.fedcmr.governance.v1.GetRosterRequest\x1a$.fedcmr.governance.v1.GetRosterReply\x12V\n\x08ListJobs\x12%.fedcmr.governance.v1.ListJobsRequest\x1a#.fedcmr.governance.v1.ListJobsReply\x12\x65\n\rPutCheckpoint\x12*.fedcmr.governance.v1.PutCheckpointRequest\x1a(.fedcmr.governance.v1.PutCheckpointReply\x12k\n\x0fListCheckpoints\x12,.fedcmr.governance.v1.ListCheckpointsRequest\x1a*.fedcmr.governance.v1.ListCheckpointsReply\x12h\n\x0ePutCosignature\x12+.fedcmr.governance.v1.PutCosignatureRequest\x1a).fedcmr.governance.v1.PutCosignatureReply\x12\\\n\nPutReceipt\x12\'.fedcmr.governance.v1.PutReceiptRequest\x1a%.fedcmr.governance.v1.PutReceiptReply\x12\x62\n\x0cListReceipts\x12).fedcmr.governance.v1.ListReceiptsRequest\x1a\'.fedcmr.governance.v1.ListReceiptsReply\x12P\n\x06Report\x12#.fedcmr.governance.v1.ReportRequest\x1a!.fedcmr.governance.v1.ReportReply\x12M\n\x05Leave\x12\".fedcmr.governance.v1.LeaveRequest\x1a .fedcmr.governance.v1.LeaveReply\x12\x61\n\x0bPutEvidence\x12(.fedcmr.governance.v1.PutEvidenceRequest\x1a&.fedcmr.governance.v1.PutEvidenceReply(\x01\x12\x62\n\x0cListEvidence\x12).fedcmr.governance.v1.ListEvidenceRequest\x1a\'.fedcmr.governance.v1.ListEvidenceReply\x12\x61\n\x0bGetEvidence\x12(.fedcmr.governance.v1.GetEvidenceRequest\x1a&.fedcmr.governance.v1.GetEvidenceReply0\x01\x12\x62\n\x0cListReleases\x12).fedcmr.governance.v1.ListReleasesRequest\x1a\'.fedcmr.governance.v1.ListReleasesReply\x12^\n\nGetRelease\x12\'.fedcmr.governance.v1.GetReleaseRequest\x1a%.fedcmr.governance.v1.GetReleaseReply0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedcmr_shared.governance.governance_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONDITION']._serialized_start=1912
-  _globals['_CONDITION']._serialized_end=2063
+  _globals['_CONDITION']._serialized_start=1924
+  _globals['_CONDITION']._serialized_end=2075
   _globals['_RENEWREQUEST']._serialized_start=67
   _globals['_RENEWREQUEST']._serialized_end=110
   _globals['_RENEWREPLY']._serialized_start=112
@@ -72,35 +72,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REPORTREQUEST']._serialized_start=1021
   _globals['_REPORTREQUEST']._serialized_end=1106
   _globals['_REPORTREPLY']._serialized_start=1108
-  _globals['_REPORTREPLY']._serialized_end=1121
-  _globals['_LEAVEREQUEST']._serialized_start=1123
-  _globals['_LEAVEREQUEST']._serialized_end=1137
-  _globals['_LEAVEREPLY']._serialized_start=1139
-  _globals['_LEAVEREPLY']._serialized_end=1151
-  _globals['_PUTEVIDENCEREQUEST']._serialized_start=1153
-  _globals['_PUTEVIDENCEREQUEST']._serialized_end=1188
-  _globals['_PUTEVIDENCEREPLY']._serialized_start=1190
-  _globals['_PUTEVIDENCEREPLY']._serialized_end=1224
-  _globals['_LISTEVIDENCEREQUEST']._serialized_start=1226
-  _globals['_LISTEVIDENCEREQUEST']._serialized_end=1263
-  _globals['_LISTEVIDENCEREPLY']._serialized_start=1265
-  _globals['_LISTEVIDENCEREPLY']._serialized_end=1352
-  _globals['_EVIDENCEENTRY']._serialized_start=1354
-  _globals['_EVIDENCEENTRY']._serialized_end=1464
-  _globals['_GETEVIDENCEREQUEST']._serialized_start=1466
-  _globals['_GETEVIDENCEREQUEST']._serialized_end=1516
-  _globals['_GETEVIDENCEREPLY']._serialized_start=1518
-  _globals['_GETEVIDENCEREPLY']._serialized_end=1551
-  _globals['_LISTRELEASESREQUEST']._serialized_start=1553
-  _globals['_LISTRELEASESREQUEST']._serialized_end=1590
-  _globals['_LISTRELEASESREPLY']._serialized_start=1592
-  _globals['_LISTRELEASESREPLY']._serialized_end=1674
-  _globals['_RELEASE']._serialized_start=1676
-  _globals['_RELEASE']._serialized_end=1750
-  _globals['_GETRELEASEREQUEST']._serialized_start=1752
-  _globals['_GETRELEASEREQUEST']._serialized_end=1816
-  _globals['_GETRELEASEREPLY']._serialized_start=1818
-  _globals['_GETRELEASEREPLY']._serialized_end=1909
-  _globals['_GOVERNANCE']._serialized_start=2066
-  _globals['_GOVERNANCE']._serialized_end=3503
+  _globals['_REPORTREPLY']._serialized_end=1133
+  _globals['_LEAVEREQUEST']._serialized_start=1135
+  _globals['_LEAVEREQUEST']._serialized_end=1149
+  _globals['_LEAVEREPLY']._serialized_start=1151
+  _globals['_LEAVEREPLY']._serialized_end=1163
+  _globals['_PUTEVIDENCEREQUEST']._serialized_start=1165
+  _globals['_PUTEVIDENCEREQUEST']._serialized_end=1200
+  _globals['_PUTEVIDENCEREPLY']._serialized_start=1202
+  _globals['_PUTEVIDENCEREPLY']._serialized_end=1236
+  _globals['_LISTEVIDENCEREQUEST']._serialized_start=1238
+  _globals['_LISTEVIDENCEREQUEST']._serialized_end=1275
+  _globals['_LISTEVIDENCEREPLY']._serialized_start=1277
+  _globals['_LISTEVIDENCEREPLY']._serialized_end=1364
+  _globals['_EVIDENCEENTRY']._serialized_start=1366
+  _globals['_EVIDENCEENTRY']._serialized_end=1476
+  _globals['_GETEVIDENCEREQUEST']._serialized_start=1478
+  _globals['_GETEVIDENCEREQUEST']._serialized_end=1528
+  _globals['_GETEVIDENCEREPLY']._serialized_start=1530
+  _globals['_GETEVIDENCEREPLY']._serialized_end=1563
+  _globals['_LISTRELEASESREQUEST']._serialized_start=1565
+  _globals['_LISTRELEASESREQUEST']._serialized_end=1602
+  _globals['_LISTRELEASESREPLY']._serialized_start=1604
+  _globals['_LISTRELEASESREPLY']._serialized_end=1686
+  _globals['_RELEASE']._serialized_start=1688
+  _globals['_RELEASE']._serialized_end=1762
+  _globals['_GETRELEASEREQUEST']._serialized_start=1764
+  _globals['_GETRELEASEREQUEST']._serialized_end=1828
+  _globals['_GETRELEASEREPLY']._serialized_start=1830
+  _globals['_GETRELEASEREPLY']._serialized_end=1921
+  _globals['_GOVERNANCE']._serialized_start=2078
+  _globals['_GOVERNANCE']._serialized_end=3515
 # @@protoc_insertion_point(module_scope)

@@ -165,8 +165,10 @@ class ReportRequest(_message.Message):
     def __init__(self, software: _Optional[str] = ..., condition: _Optional[_Union[Condition, str]] = ...) -> None: ...
 
 class ReportReply(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("at",)
+    AT_FIELD_NUMBER: _ClassVar[int]
+    at: int
+    def __init__(self, at: _Optional[int] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ()
