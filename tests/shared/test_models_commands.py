@@ -31,13 +31,12 @@ def test_the_packages_add_their_commands() -> None:
 
 def test_list_counts_every_size(capsys: pytest.CaptureFixture[str]) -> None:
     rows = run_json(capsys, "list")
-    assert [(row["name"], row["size"]) for row in rows] == [
-        ("cardiomm", "tiny"),
-        ("cardiomm", "small"),
-        ("cardiomm", "paper"),
-    ]
-    totals = [row["total"] for row in rows]
-    assert totals == sorted(totals)
+    names = ("cardiomm", "cpgg", "phenotype-vae")
+    sizes = ("tiny", "small", "paper")
+    assert [(row["name"], row["size"]) for row in rows] == [(n, s) for n in names for s in sizes]
+    for name in names:
+        totals = [row["total"] for row in rows if row["name"] == name]
+        assert totals == sorted(totals)
     assert all(row["total"] == row["trainable"] + row["frozen"] for row in rows)
 
 
@@ -53,6 +52,7 @@ def test_show_has_a_row_per_variant(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(counts) == ["SM", "UT", "MT", "MM"]
     assert counts["SM"] < counts["MT"] < counts["UT"] < counts["MM"]
     listed = [row for row in run_json(capsys, "list") if row["size"] == "paper"]
+    assert listed[0]["name"] == "cardiomm"
     assert counts["MM"] == listed[0]["trainable"]
 
 
@@ -68,7 +68,7 @@ def test_wider_text_needs_wider_projections(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("varnet",), "model 'varnet' is unknown: use cardiomm"),
+        (("varnet",), "model 'varnet' is unknown: use cardiomm, cpgg, phenotype-vae"),
         (("cardiomm", "--size", "huge"), "size 'huge' is unknown"),
         (("cardiomm", "--text-encoder", "bert"), "text_encoder 'bert' is unknown"),
     ],

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedcmr_shared.errors import ConfigurationError, ModelError
-from fedcmr_shared.models.registry import available_models, build_model
+from fedcmr_shared.models.registry import available_models, build_model, model_entry
 from fedcmr_shared.privacy.parts import freeze, trainable_names
 from fedcmr_shared.schemas.job import ModelSpec, Part
 
@@ -39,7 +39,7 @@ def test_every_part_is_smaller_than_the_whole_and_not_empty(model: str, size: st
     spec, plain = network("full", name=model, size=size)
     lora = network("lora", name=model, size=size)
     full = count(plain, trainable_names(spec, plain, "full"))
-    for part in PARTS[1:]:
+    for part in {*model_entry(model).parts, "lora"} - {"full"}:
         choice = lora if part == "lora" else (spec, plain)
         assert 0 < count(choice[1], trainable_names(*choice, part)) < full, part
 
@@ -49,6 +49,27 @@ def test_full_is_what_the_model_itself_trains(variant: str) -> None:
     _, model = network("full", variant=variant)
     expected = sorted(name for name, p in model.named_parameters() if p.requires_grad)
     assert names("full", variant=variant) == expected
+
+
+@pytest.mark.parametrize("model", sorted(available_models()))
+def test_full_is_what_other_models_train_too(model: str) -> None:
+    spec, plain = network("full", name=model)
+    expected = sorted(name for name, p in plain.named_parameters() if p.requires_grad)
+    assert trainable_names(spec, plain, "full") == expected
+
+
+def test_nothing_of_a_frozen_autoencoder_is_trained() -> None:
+    for part in PARTS:
+        found = names(part, name="cpgg")
+        assert found
+        assert all(name.startswith("generator.") for name in found)
+
+
+def test_adapters_and_prompts_of_the_published_generator_are_few() -> None:
+    """Noise grows with their number: between 30,000 and 300,000 where patients are few."""
+    _, model = network("full", name="cpgg", size="paper")
+    for part in ("adapters", "prompts"):
+        assert 30_000 < count(model, names(part, name="cpgg", size="paper")) < 300_000
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

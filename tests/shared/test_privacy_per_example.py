@@ -328,12 +328,12 @@ def test_the_job_names_the_engine() -> None:
         raise AssertionError("engine backward needs no check")
 
     plain = engine_for("backward", module, parameters, networks.image_loss, synthetic=nothing)
-    assert isinstance(plain, BackwardEngine)
+    assert isinstance(plain.engine, BackwardEngine)
     for mode in MODES:
         batched = engine_for(
             mode, module, parameters, networks.image_loss, synthetic=lambda: images(2)
         )
-        assert isinstance(batched, PerExampleEngine)
+        assert isinstance(batched.engine, PerExampleEngine)
         assert batched.parameters == parameters
 
 

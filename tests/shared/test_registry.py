@@ -10,7 +10,6 @@ from fedcmr_shared.models.cardiomm import CardioMM
 from fedcmr_shared.models.registry import (
     available_models,
     build_model,
-    model_entry,
     parameter_counts,
 )
 from fedcmr_shared.schemas.job import ModelSpec
@@ -70,14 +69,32 @@ def test_counting_leaves_the_random_state_alone() -> None:
 
 def test_every_size_of_a_job_is_known() -> None:
     sizes = get_args(ModelSpec.model_fields["size"].annotation)
-    assert sorted(sizes) == sorted(model_entry("cardiomm").sizes)
-    assert list(available_models()) == ["cardiomm"]
+    assert list(available_models()) == ["cardiomm", "cpgg", "phenotype-vae"]
+    for entry in available_models().values():
+        assert sorted(sizes) == sorted(entry.sizes)
+
+
+def test_generators_have_their_published_sizes() -> None:
+    counts = parameter_counts("cpgg", "paper")
+    assert counts["trainable"] == pytest.approx(193.3e6, rel=0.01)
+    # Phenotypes' names and constants stand in the state as a digest of 32 numbers.
+    assert parameter_counts("phenotype-vae", "paper")["frozen"] == 32
+
+
+def test_tiny_generators_weigh_less_than_eight_megabytes() -> None:
+    total = sum(parameter_counts(name, "tiny")["total"] for name in ("cpgg", "phenotype-vae"))
+    assert 4 * total < 8e6
+
+
+def test_models_without_words_have_one_variant() -> None:
+    with pytest.raises(ModelError, match="cpgg has no variant 'SM': use MM"):
+        build_model(spec(name="cpgg", variant="SM"))
 
 
 def test_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm"):
+    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm, cpgg, phenotype-vae"):
         build_model(spec(name="varnet"))
-    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm"):
+    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm, cpgg, phenotype-vae"):
         parameter_counts("varnet", "tiny")
 
 

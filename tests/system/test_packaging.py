@@ -34,6 +34,7 @@ def test_wheel_holds_type_marks_licence_and_data(wheel_names: list[str]) -> None
     assert "fedcmr_simulations/jobs/demo.yaml" in wheel_names
     assert any(name.startswith("fedcmr_client/store/migrations/versions/") for name in wheel_names)
     assert any(name.startswith("fedcmr_simulations/templates/") for name in wheel_names)
+    assert "fedcmr_shared/weights/segmenter.safetensors" in wheel_names
 
 
 def test_every_dependency_is_pinned() -> None:

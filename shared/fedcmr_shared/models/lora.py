@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ _UPDATE: Final = "parametrizations.weight.0."
 class LowRankUpdate(nn.Module):
     """Adds ``factor @ basis`` to a weight [out, ...]: factor [out, rank], basis [rank, inputs]."""
 
+    public_constants: ClassVar[frozenset[str]] = frozenset({"basis"})
     basis: Tensor  # a buffer, which mypy cannot see
 
     def __init__(self, weight: Tensor, rank: int, name: str) -> None:
@@ -47,8 +48,12 @@ class LowRankUpdate(nn.Module):
         return weight + (self.factor @ self.basis).reshape(weight.shape)
 
 
-def add_lora(model: nn.Module, rank: int) -> None:
-    """Give each linear and convolution layer a low-rank update; only these remain trainable.
+def add_lora(
+    model: nn.Module, rank: int, belongs: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Give linear and convolution layers a low-rank update; only these remain trainable.
+
+    All of them, or those for whose name ``belongs`` is true.
 
     Outputs stay the same until an update is trained. The bases depend on ``rank`` and the layers'
     names only, not on torch's random state, and are part of the model's state.
@@ -56,7 +61,11 @@ def add_lora(model: nn.Module, rank: int) -> None:
     Raises:
         ModelError: the model has no such layer, or has low-rank updates already.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _LAYERS)]
+    layers = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _LAYERS) and belongs(name)
+    ]
     if not layers or has_lora(model):
         reason = "has low-rank updates already" if layers else "has no linear or convolution layer"
         raise ModelError(f"model.lora_rank {rank}: the model {reason}")

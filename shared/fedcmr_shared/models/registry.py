@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedcmr_shared.errors import ModelError
-from fedcmr_shared.models import cardiomm
+from fedcmr_shared.models import cardiomm, cpgg, phenotype_vae
 from fedcmr_shared.models.lora import add_lora
 from fedcmr_shared.schemas.job import ModelSpec, Part
 from fedcmr_shared.text.encoders import TEXT_WIDTHS
@@ -23,7 +23,8 @@ class ModelEntry:
     """A family of networks: what it does, its sizes and variants, and how to build one.
 
     ``parts`` tells of each part that a job can train which parameter names belong to it; `full` is
-    everything that may be trained at all. Part `lora` is the same for all models and not listed.
+    everything that may be trained at all. Part `lora` trains low-rank updates of the layers that
+    ``updated`` names, in all models, and is not listed.
     """
 
     description: str
@@ -31,6 +32,7 @@ class ModelEntry:
     variants: tuple[str, ...]
     build: Callable[[ModelSpec], nn.Module]
     parts: Mapping[Part, Callable[[str], bool]]
+    updated: Callable[[str], bool] = lambda name: True
 
 
 def _cardiomm(spec: ModelSpec) -> nn.Module:
@@ -64,6 +66,22 @@ _CARDIOMM_PARTS: Final[dict[Part, Callable[[str], bool]]] = {
     "prompts": _names(r"prompter\.(mix|refine)\.", r"^(metadata|sampling)_head\."),
 }
 
+_CPGG_PARTS: Final[dict[Part, Callable[[str], bool]]] = {
+    # The autoencoder is frozen in all parts.
+    "full": _names(r"^generator\."),
+    "decoder": _names(r"^generator\.(between|unknown|decoder|decoder_places|diffusion)\."),
+    "adapters": _names(r"^generator\..*norm\.", r"^generator\..*modulation\.bias$"),
+    "prompts": _names(r"^generator\.(condition|no_condition)\."),
+}
+
+_PHENOTYPE_VAE_PARTS: Final[dict[Part, Callable[[str], bool]]] = {
+    "full": _names(r""),
+    "decoder": _names(r"^(widen|decoder|out)\."),
+    "adapters": _names(r"^(encoder|decoder)\.\d+\.1\."),  # layer norms
+}
+
+_WITHOUT_WORDS: Final = ("MM",)  # the default of a job, which does not matter to them
+
 _MODELS: Final[dict[str, ModelEntry]] = {
     "cardiomm": ModelEntry(
         description="text-conditioned unrolled reconstruction (arXiv 2512.21652)",
@@ -71,6 +89,24 @@ _MODELS: Final[dict[str, ModelEntry]] = {
         variants=get_args(cardiomm.Variant),
         build=_cardiomm,
         parts=_CARDIOMM_PARTS,
+    ),
+    "cpgg": ModelEntry(
+        description="cine clips from phenotypes: frozen autoencoder, masked generator (2505.03426)",
+        sizes=tuple(cpgg.CONFIGS),
+        variants=_WITHOUT_WORDS,
+        build=lambda spec: cpgg.CPGG(cpgg.CONFIGS[spec.size]),
+        parts=_CPGG_PARTS,
+        updated=_names(
+            r"^generator\.condition$",
+            r"^generator\..*\.(attention|attention_out|modulation)$",
+        ),
+    ),
+    "phenotype-vae": ModelEntry(
+        description="vectors of phenotypes for cpgg (arXiv 2505.03426)",
+        sizes=tuple(phenotype_vae.CONFIGS),
+        variants=_WITHOUT_WORDS,
+        build=lambda spec: phenotype_vae.PhenotypeVAE(phenotype_vae.CONFIGS[spec.size]),
+        parts=_PHENOTYPE_VAE_PARTS,
     ),
 }
 
@@ -97,14 +133,17 @@ def build_model(spec: ModelSpec) -> nn.Module:
     With ``lora_rank`` its layers have low-rank updates, which are then all that is trainable.
 
     Raises:
-        ModelError: there is no model of that name or size.
+        ModelError: there is no model of that name, size or variant.
     """
     entry = model_entry(spec.name)
     if spec.size not in entry.sizes:
         raise ModelError(f"{spec.name} has no size {spec.size!r}: use {', '.join(entry.sizes)}")
+    if spec.variant not in entry.variants:
+        known = ", ".join(entry.variants)
+        raise ModelError(f"{spec.name} has no variant {spec.variant!r}: use {known}")
     model = entry.build(spec)
     if spec.lora_rank:
-        add_lora(model, spec.lora_rank)
+        add_lora(model, spec.lora_rank, entry.updated)
     return model
 
 

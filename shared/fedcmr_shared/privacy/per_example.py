@@ -23,6 +23,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from fedcmr_shared.errors import ConfigurationError, JobRefused
+from fedcmr_shared.privacy.isolation import meets_patients
 from fedcmr_shared.privacy.mechanism import ClippedSum, Engine, Loss, Mechanism
 
 Example = TypeVar("Example")
@@ -254,9 +255,7 @@ def _reasons_against(
 
 
 def _layer_reasons(layer: nn.Module, mode: Mode) -> Iterator[str]:
-    if isinstance(layer, nn.modules.batchnorm._NormBase) and (
-        isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.track_running_stats
-    ):
+    if meets_patients(layer):
         yield "computes statistics over several patients"
     own = [name for name, p in layer.named_parameters(recurse=False) if p.requires_grad]
     if own and type(layer) not in _LAYERS:

@@ -39,7 +39,8 @@ REFUSAL_CODES: Final[dict[RefusalCode, str]] = {
     "privacy-missing": "the job declares no privacy",
     "coordinator": "the site does not work for this coordinator",
     "job-name": "the site's policy does not list the job's name",
-    "model": "the site's policy does not list the model, or the weights do not fit it",
+    "model": "the site's policy does not list the model, the weights do not fit it, or it would "
+    "carry data between patients",
     "epsilon-per-job": "the job costs more than the site allows one job",
     "delta": "the job's delta is larger than the site's",
     "noise-multiplier": "the noise multiplier is below the site's least",

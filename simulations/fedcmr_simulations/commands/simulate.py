@@ -12,6 +12,7 @@ import click
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_simulations.commands.phantom import phantom
 from fedcmr_simulations.commands.pretrain import pretrain
+from fedcmr_simulations.commands.segmenter import segmenter
 
 NO_PRIVACY = "NO PRIVACY: this run protects nobody's data; never do this with patients"
 
@@ -23,6 +24,7 @@ def simulate() -> None:
 
 simulate.add_command(phantom)
 simulate.add_command(pretrain)
+simulate.add_command(segmenter)
 
 
 @simulate.command()

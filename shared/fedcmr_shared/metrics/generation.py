@@ -1,0 +1,224 @@
+"""How generated clips compare with real ones: realism, diversity, motion and obedience.
+
+Distances are between features that somebody else extracted, and mean something only beside others
+of the same extractor, number of samples and preprocessing: never compare them with a paper's FID or
+FVD. Each metric has a known damage that it must notice; see `tests/shared/test_generation.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+from scipy.stats import wasserstein_distance
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+from fedcmr_shared.errors import DataError
+
+Floats = NDArray[np.float64]
+Features = NDArray[np.floating]
+"""``[sample, feature]``."""
+
+Clip = NDArray[np.floating]
+"""``[frame, y, x]``; one heart beat, whose last frame is followed by its first."""
+
+_KERNEL_DEGREE: Final = 3
+_SCALES: Final = (0.0448, 0.2856, 0.3001)  # of Wang et al.'s five, those that fit 96 pixels
+_WINDOW: Final = 11
+
+
+def frechet_distance(first: Features, second: Features) -> float:
+    """Return ``|m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½)`` (Dowson and Landau 1982).
+
+    Biased upward where samples are few for the number of features: use `project` before.
+
+    Raises:
+        DataError: fewer than two samples, different numbers of features, or a value not finite.
+    """
+    _check(first, second)
+    means = first.mean(axis=0) - second.mean(axis=0)
+    one, two = (np.atleast_2d(np.cov(each, rowvar=False)) for each in (first, second))
+    # (S1 S2)^½ has the eigenvalues of the symmetric S1^½ S2 S1^½, which rounding keeps real.
+    root = _square_root(one)
+    mixed = eigh(root @ two @ root, eigvals_only=True)
+    overlap = np.sqrt(np.clip(mixed, 0, None)).sum()
+    return float(means @ means + np.trace(one) + np.trace(two) - 2 * overlap)
+
+
+def kernel_distance(first: Features, second: Features) -> float:
+    """Return the squared maximum mean discrepancy, unbiased: it may be below 0.
+
+    Cubic kernel ``(x·y / d + 1)³`` (Binkowski et al. 2018).
+
+    Raises:
+        DataError: as `frechet_distance`.
+    """
+    _check(first, second)
+
+    def kernel(a: Features, b: Features) -> Floats:
+        return np.asarray((a @ b.T / a.shape[1] + 1) ** _KERNEL_DEGREE, dtype=np.float64)
+
+    def within(a: Features) -> float:
+        values = kernel(a, a)
+        return float((values.sum() - np.trace(values)) / (len(a) * (len(a) - 1)))
+
+    return within(first) + within(second) - 2 * float(kernel(first, second).mean())
+
+
+def project(features: Features, width: int) -> Floats:
+    """Return ``features`` in ``width`` dimensions, by a projection that everybody has.
+
+    Raises:
+        DataError: there are fewer features than that.
+    """
+    if features.shape[1] < width:
+        raise DataError(f"{features.shape[1]} features cannot be projected to {width}")
+    axes = np.random.default_rng(0).standard_normal((features.shape[1], width))
+    return np.asarray(features @ np.linalg.qr(axes)[0], dtype=np.float64)
+
+
+def similarity(first: Clip, second: Clip) -> float:
+    """Return the mean multi-scale structural similarity of two clips in [-1, 1], frame by frame.
+
+    Three scales with the weights of Wang et al. 2003; single precision, good to 1e-3.
+
+    Raises:
+        DataError: their shapes differ.
+    """
+    if first.shape != second.shape:
+        raise DataError(f"clips of {first.shape} and {second.shape} cannot be compared")
+    one, two = (torch.as_tensor(np.asarray(each, np.float32))[:, None] for each in (first, second))
+    value = multiscale_structural_similarity_index_measure(
+        one, two, data_range=2.0, kernel_size=_WINDOW, betas=_SCALES, gaussian_kernel=False
+    )
+    return float(value)
+
+
+def diversity(clips: Sequence[Clip], pairs: int, seed: int = 0) -> float:
+    """Return 1 less the mean similarity of random pairs: 0 when all clips are the same.
+
+    Raises:
+        DataError: there are fewer than two clips.
+    """
+    if len(clips) < 2:
+        raise DataError(f"the diversity of {len(clips)} clips says nothing: give at least 2")
+    draws = np.random.default_rng(seed)
+    chosen = [draws.choice(len(clips), 2, replace=False) for _ in range(pairs)]
+    return 1 - float(np.mean([similarity(clips[a], clips[b]) for a, b in chosen]))
+
+
+class Motion(NamedTuple):
+    """How a clip moves.
+
+    ``change`` is the mean absolute difference of neighbouring frames, ``closure`` that of the last
+    to the first frame in units of it (1 for a beat that closes), and ``roughness`` the mean
+    absolute second difference in time, in the same units: small for smooth motion, and about 2
+    for frames that have nothing to do with each other.
+    """
+
+    change: float
+    closure: float
+    roughness: float
+
+
+def motion(clip: Clip) -> Motion:
+    """Describe the motion of a beat.
+
+    Raises:
+        DataError: fewer than four frames, or none differs from the one before.
+    """
+    if len(clip) < 4:
+        raise DataError(f"{len(clip)} frames are no beat: give at least 4")
+    frames = np.asarray(clip, dtype=np.float64)
+    steps = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2))
+    change = float(steps.mean())
+    if change == 0:
+        raise DataError("the clip stands still")
+    closure = float(np.abs(frames[-1] - frames[0]).mean()) / change
+    second = np.abs(np.diff(frames, n=2, axis=0)).mean()
+    return Motion(change, closure, float(second) / change)
+
+
+class Adherence(NamedTuple):
+    """How what was measured on generated clips follows what was requested, in its unit."""
+
+    r2: float
+    mae: float
+    bias: float
+    samples: int
+
+
+def adherence(requested: Features, measured: Features) -> Adherence:
+    """Compare one phenotype ``[sample]``; samples that could not be measured (NaN) are left out.
+
+    ``r2`` is 1 - residual / total sum of squares about the line ``measured = requested``, so that a
+    bias lowers it, and may be negative.
+
+    Raises:
+        DataError: fewer than three samples are left, or all requests are the same.
+    """
+    there = np.isfinite(measured)
+    asked, found = np.asarray(requested)[there], np.asarray(measured)[there]
+    if len(asked) < 3 or np.ptp(asked) == 0:
+        raise DataError(f"{len(asked)} measured samples say nothing: ask for 3 or more that differ")
+    error = found - asked
+    total = float(((asked - asked.mean()) ** 2).sum())
+    return Adherence(
+        r2=1 - float((error**2).sum()) / total,
+        mae=float(np.abs(error).mean()),
+        bias=float(error.mean()),
+        samples=len(asked),
+    )
+
+
+class Tables(NamedTuple):
+    """How two samples of phenotypes differ, in units of the first one's standard deviation.
+
+    ``wasserstein`` is by name; ``correlation`` the root mean square difference of the two
+    correlation matrices.
+    """
+
+    wasserstein: Mapping[str, float]
+    correlation: float
+
+
+def compare_tables(names: Sequence[str], real: Features, made: Features) -> Tables:
+    """Compare samples ``[sample, phenotype]`` with columns in the order of ``names``.
+
+    Raises:
+        DataError: as `frechet_distance`, or a column of ``real`` does not vary.
+    """
+    _check(real, made)
+    if real.shape[1] != len(names):
+        raise DataError(f"{len(names)} names for {real.shape[1]} columns")
+    scale = real.std(axis=0)
+    if not (scale > 0).all():
+        still = ", ".join(name for name, each in zip(names, scale, strict=True) if each == 0)
+        raise DataError(f"{still}: all values are the same")
+    distances = {
+        name: float(wasserstein_distance(real[:, k], made[:, k]) / scale[k])
+        for k, name in enumerate(names)
+    }
+    spread = made.std(axis=0) > 0
+    kept = [np.corrcoef(each[:, spread], rowvar=False) for each in (real, made)]
+    difference = np.atleast_2d(kept[0] - kept[1])
+    return Tables(distances, math.sqrt(float((difference**2).mean())) if spread.any() else math.nan)
+
+
+def _square_root(matrix: Features) -> Floats:
+    values, vectors = eigh(matrix)
+    return np.asarray((vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T)
+
+
+def _check(first: Features, second: Features) -> None:
+    if first.ndim != 2 or second.ndim != 2 or first.shape[1] != second.shape[1]:
+        raise DataError(f"features of {first.shape} and {second.shape} cannot be compared")
+    if min(len(first), len(second)) < 2:
+        raise DataError("a distance needs at least two samples on either side")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise DataError("a feature is not finite")

@@ -1,0 +1,1 @@
+"""The 82 cardiac phenotypes: their table, and what short-axis segmentations tell of them."""

@@ -1,0 +1,131 @@
+"""CPGG: phenotype-guided generation of cine cardiac MR (arXiv 2505.03426), without its first stage.
+
+A video autoencoder, trained beforehand on public or simulated clips and frozen here, turns clips
+into latents and back; the masked generator, which a job trains, draws latents for a vector of
+phenotypes. Vectors come from :mod:`fedcmr_shared.models.phenotype_vae` or from
+:mod:`fedcmr_shared.models.phenotype_gaussian`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.models.masked_generator import (
+    PUBLISHED,
+    MaskedGenerator,
+    MaskedGeneratorConfig,
+    SamplingPlan,
+    draw,
+)
+from fedcmr_shared.models.standardisation import PhenotypeScale, Standardisation
+from fedcmr_shared.models.token_diffusion import TokenDiffusionConfig
+from fedcmr_shared.models.video_vae import VideoVAE, VideoVAEConfig
+
+
+@dataclass(frozen=True)
+class CPGGConfig:
+    """The parts' configurations, which must fit one another."""
+
+    video: VideoVAEConfig = field(default_factory=VideoVAEConfig)
+    generator: MaskedGeneratorConfig = field(default_factory=MaskedGeneratorConfig)
+    standardisation: Standardisation = field(default_factory=Standardisation.of_priors)
+
+    def __post_init__(self) -> None:
+        if self.video.latent_shape != self.generator.latent_shape:
+            raise ConfigurationError(
+                f"the autoencoder's latents {self.video.latent_shape} are not the generator's "
+                f"{self.generator.latent_shape}: give both the same shape"
+            )
+        if len(self.standardisation) != self.generator.conditions:
+            raise ConfigurationError(
+                f"{len(self.standardisation)} phenotypes for a generator with "
+                f"{self.generator.conditions} conditions: give it as many"
+            )
+
+
+_TINY: Final = CPGGConfig(
+    video=VideoVAEConfig(clip=(24, 48, 48), widths=(16, 24, 24, 24), blocks=1, groups=8, latents=8),
+    generator=MaskedGeneratorConfig(
+        latent_shape=(8, 12, 6, 6),
+        patch=(3, 2, 2),
+        width=128,
+        heads=4,
+        encoder_blocks=3,
+        decoder_blocks=3,
+        condition_tokens=8,
+        dropout=0.0,
+        diffusion=TokenDiffusionConfig(width=128, predicts="velocity"),
+    ),
+)
+
+_SMALL: Final = CPGGConfig(
+    video=VideoVAEConfig(widths=(32, 64, 128, 128), groups=16),
+    generator=MaskedGeneratorConfig(
+        width=384,
+        heads=6,
+        encoder_blocks=6,
+        decoder_blocks=6,
+        condition_tokens=32,
+        diffusion=TokenDiffusionConfig(width=512, predicts="velocity"),
+    ),
+)
+
+CONFIGS: Final[dict[str, CPGGConfig]] = {"tiny": _TINY, "small": _SMALL, "paper": CPGGConfig()}
+"""Configurations by size: `paper` as published; `tiny` trains in minutes on one CPU core."""
+
+
+class CPGG(nn.Module):
+    """Frozen autoencoder and generator of clips; phenotypes are in their units.
+
+    Args:
+        config: what the network computes.
+    """
+
+    def __init__(self, config: CPGGConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = PhenotypeScale(config.standardisation)
+        self.autoencoder = VideoVAE(config.video).requires_grad_(False)
+        self.generator = MaskedGenerator(config.generator)
+
+    def forward(self, clips: Tensor, phenotypes: Tensor, generator: torch.Generator) -> Tensor:
+        """Return :meth:`loss`, for gradient engines that wrap modules."""
+        return self.loss(clips, phenotypes, generator)
+
+    def loss(self, clips: Tensor, phenotypes: Tensor, generator: torch.Generator) -> Tensor:
+        """Return each patient's loss ``[batch]``.
+
+        Args:
+            clips: ``[batch, 1, frames, rows, columns]`` with values in [-1, 1].
+            phenotypes: ``[batch, names]``; a missing one (NaN) counts as the prior's mean.
+            generator: source of all draws.
+        """
+        with torch.no_grad():
+            latents = self.autoencoder.encode(clips).sample(generator)
+        conditions, _ = self.scale(phenotypes.to(clips.dtype))
+        draws = draw(self.config.generator, len(clips), generator)
+        return self.generator.loss(latents, conditions, draws)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        phenotypes: Tensor,
+        generators: Sequence[torch.Generator],
+        plan: SamplingPlan = PUBLISHED,
+    ) -> Tensor:
+        """Return one clip ``[batch, 1, frames, rows, columns]`` for each row and generator.
+
+        Args:
+            phenotypes: ``[batch, names]``, as in :meth:`loss`.
+            generators: one for each clip, so that a clip does not depend on its batch.
+            plan: how clips are drawn.
+        """
+        conditions, _ = self.scale(phenotypes.to(self.generator.condition.weight.dtype))
+        latents = self.generator.sample(conditions, generators, plan)
+        return self.autoencoder.decode(latents).clamp(-1, 1)
