@@ -34,7 +34,7 @@ from fedcmr_server.store import Events, Jobs, Rounds, Store
 from fedcmr_server.store.tables import JobRow
 from fedcmr_shared.errors import ConfigurationError, FederationError, JobRefused, ModelError
 from fedcmr_shared.models.bundle import save_bundle, state_sha256
-from fedcmr_shared.schemas.job import CohortQuery, JobSpec, TrainingSpec
+from fedcmr_shared.schemas.job import CohortQuery, JobSpec, ModelSpec, TrainingSpec
 from fedcmr_shared.schemas.privacy import DistributedNoise, EvaluationSpec, PrivacySpec
 from fedcmr_shared.schemas.signed_job import JobAuthorisation, require_signed
 
@@ -101,6 +101,7 @@ class TestSubmit:
             ({"site_sizes": {"elm": "large"}}, "site_sizes names elm, which is not on the roster"),
             ({"privacy": private(noise_multiplier=1e-9)}, "no epsilon bounds"),
             ({"privacy": private(delta=1e-13)}, "delta is 1e-13"),
+            ({"model": ModelSpec(name="cpgg")}, "cpgg, which sites cannot train yet: use cardiomm"),
         ],
     )
     def test_refusals(

@@ -1,16 +1,13 @@
-"""Phenotypes of real hearts from expert contours: Sunnybrook Cardiac Data (CC0; Radau et al., 2009).
-
-The data are no part of the repository. FEDCMR_TEST_DATA names their folder.
-"""
+"""Phenotypes of real hearts from expert contours."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
+from real_data import NO_SUNNYBROOK
+from real_data import SUNNYBROOK as DATA
 from skimage.draw import polygon2mask
 
 from fedcmr_shared.metrics.phenotypes.motion import track
@@ -18,11 +15,7 @@ from fedcmr_shared.metrics.phenotypes.short_axis import ShortAxis, Spacing, volu
 from fedcmr_shared.metrics.phenotypes.table import implausible
 from fedcmr_shared.metrics.phenotypes.wall import wall_thickness
 
-DEFAULT = Path(__file__).parents[2].parent / "shared" / "data" / "sunnybrook"
-DATA = Path(os.environ.get("FEDCMR_TEST_DATA", DEFAULT))
-pytestmark = pytest.mark.skipif(
-    not (DATA / "cine").is_dir(), reason=f"no Sunnybrook data in {DATA}: FEDCMR_TEST_DATA"
-)
+pytestmark = pytest.mark.skipif(not (DATA / "cine").is_dir(), reason=NO_SUNNYBROOK)
 FINER = 4
 """Contours are drawn on a finer grid than the image, so that pixels do not blur their areas."""
 

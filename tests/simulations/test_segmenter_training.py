@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from real_data import NO_SUNNYBROOK, SUNNYBROOK
 from torch.nn import functional as F
 
 from fedcmr_shared.cli import cli
@@ -34,8 +34,7 @@ from fedcmr_simulations.segmenter_training import (
     train,
 )
 
-DEFAULT = Path(__file__).parents[2].parent / "shared" / "data" / "sunnybrook"
-DATA = Path(os.environ.get("FEDCMR_TEST_DATA", DEFAULT)) / "contoured_png8"
+DATA = SUNNYBROOK / "contoured_png8"
 QUICK = SegmenterTraining(steps=2, batch=2, phantom_patients=2, crop_pixels=32)
 
 
@@ -148,7 +147,7 @@ def test_exchanged_rows_and_columns_are_no_obstacle() -> None:
     assert median_dice(examples)[1] > 0.85
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the Sunnybrook images in {DATA}")
+@pytest.mark.skipif(not DATA.is_dir(), reason=NO_SUNNYBROOK)
 def test_real_hearts_of_patients_never_seen() -> None:
     """Expert contours; the wall was drawn at end diastole only, and the RV never."""
     examples = [e for e in contoured(DATA) if e.patient in HELD_OUT]

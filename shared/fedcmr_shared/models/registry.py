@@ -24,7 +24,8 @@ class ModelEntry:
 
     ``parts`` tells of each part that a job can train which parameter names belong to it; `full` is
     everything that may be trained at all. Part `lora` trains low-rank updates of the layers that
-    ``updated`` names, in all models, and is not listed.
+    ``updated`` names, in all models, and is not listed. Sites refuse what is not
+    ``trained_at_sites``.
     """
 
     description: str
@@ -33,6 +34,7 @@ class ModelEntry:
     build: Callable[[ModelSpec], nn.Module]
     parts: Mapping[Part, Callable[[str], bool]]
     updated: Callable[[str], bool] = lambda name: True
+    trained_at_sites: bool = False
 
 
 def _cardiomm(spec: ModelSpec) -> nn.Module:
@@ -89,6 +91,7 @@ _MODELS: Final[dict[str, ModelEntry]] = {
         variants=get_args(cardiomm.Variant),
         build=_cardiomm,
         parts=_CARDIOMM_PARTS,
+        trained_at_sites=True,
     ),
     "cpgg": ModelEntry(
         description="cine clips from phenotypes: frozen autoencoder, masked generator (2505.03426)",
