@@ -35,6 +35,7 @@ STEADY_S: Final = 60.0
 
 _EXIT_CODE: Final = re.compile(r"Exit Code: (\d+)")
 _CONNECTED: Final = re.compile(r"SuperNode ID: (\d+)")
+_STRANDED: Final = re.compile(r"is not in `RUNNING` status\. Ignoring message ")
 _LEVEL: Final = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL)\s*:\s*(.*)")
 _ESCAPES: Final = re.compile(r"\x1b\[[0-9;]*m")
 _PROXIES: Final = ("http_proxy", "https_proxy", "all_proxy")
@@ -227,6 +228,10 @@ class SuperNode:
             self._problem = "the coordinator cannot be reached; it is tried again"
         elif line.startswith("Connection successful"):
             self._problem = None
+        elif _STRANDED.search(line):
+            # Its task is kept all the same, and answered. From then on Flower would send each
+            # answer only once the next question has come: too late for all that follow.
+            self.restart()
 
     def _command(self, port: int) -> list[str]:
         settings = self._settings

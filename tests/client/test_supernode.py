@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedcmr_client.supernode import Patience, SuperNodeSettings
+from fedcmr_client.supernode import Patience, SuperNode, SuperNodeSettings
 from fedcmr_shared.errors import ConfigurationError
 
 
@@ -64,3 +65,16 @@ supernode_process.main()
             assert b"no more files" in process.stderr.read()
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(("which", "ends"), [("message 4750.", True), ("reply message 65.", False)])
+def test_a_question_that_its_run_has_left_behind_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str, ends: bool
+) -> None:
+    key = tmp_path / "key"
+    key.touch()
+    supernode = SuperNode(SuperNodeSettings("127.0.0.1:1", key, key, tmp_path))
+    sent: list[signal.Signals] = []
+    monkeypatch.setattr(supernode, "_end", sent.append)
+    supernode._notice(f"Run ID 28 is not in `RUNNING` status. Ignoring {which}")
+    assert sent == [signal.SIGTERM] * ends
