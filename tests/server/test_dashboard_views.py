@@ -29,7 +29,7 @@ from fedcmr_server.job_states import TRANSITIONS, JobState
 from fedcmr_server.losses import Loss
 from fedcmr_server.store.tables import CertificateRow, EventRow, JobRow, MemberRow, RoundRow
 from fedcmr_shared.privacy.job_claim import claim_of
-from fedcmr_shared.schemas.job import JobSpec
+from fedcmr_shared.schemas.job import JobSpec, ResourceSpec
 
 SPEC = job_spec("cardiomm", rounds=3)
 
@@ -240,12 +240,10 @@ def test_odd_events_count_as_nothing() -> None:
     job_page(JobRows(job_row(), [], odd), NOW)
 
 
-def test_energy_is_known_when_events_have_it() -> None:
-    assert History.of([event("round", round=1)]).energy_kwh is None
-    both = [event("round", energy_kwh=0.5), event("evaluation", energy_kwh=0.25)]
-    assert History.of(both).energy_kwh == 0.75
-    page = job_page(JobRows(job_row(), [], both), NOW)
-    assert next(each.value for each in page.totals if each.name == "energy") == "0.75 kWh"
+def test_energy_is_the_most_that_the_job_declares_for_a_site() -> None:
+    job = SPEC.model_copy(update={"resources": ResourceSpec(energy_kwh=2.5)})
+    page = job_page(JobRows(job_row(job), [], []), NOW)
+    assert next(each.value for each in page.totals if each.name == "energy") == "≤ 2.5 kWh"
 
 
 # Jobs

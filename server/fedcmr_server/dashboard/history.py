@@ -76,12 +76,11 @@ class Training:
 
 @dataclass(frozen=True)
 class History:
-    """A job's events by kind, the oldest first. ``energy_kwh`` is None when no event has one."""
+    """A job's events by kind, the oldest first."""
 
     rounds: tuple[Training, ...]
     attempts: tuple[Attempt, ...]
     evaluations: tuple[Evaluation, ...]
-    energy_kwh: float | None
 
     @classmethod
     def of(cls, events: Iterable[EventRow]) -> History:
@@ -89,7 +88,6 @@ class History:
         rounds: list[Training] = []
         evaluations: list[Evaluation] = []
         attempts: dict[tuple[str, int, int], Attempt] = {}
-        energy: list[float] = []
         for event in events:
             values = event.content
             if event.name in _NEXT:
@@ -101,14 +99,7 @@ class History:
             elif event.name in ("attempt_started", "unmask_asked", "attempt"):
                 place = (_text(values, "phase"), _count(values, "round"), _count(values, "attempt"))
                 attempts[place] = _attempt(event, attempts.get(place))
-            kwh = _number(values, "energy_kwh")
-            energy += [kwh] if math.isfinite(kwh) else []
-        return cls(
-            tuple(rounds),
-            tuple(attempts.values()),
-            tuple(evaluations),
-            math.fsum(energy) if energy else None,
-        )
+        return cls(tuple(rounds), tuple(attempts.values()), tuple(evaluations))
 
     @property
     def drop_outs(self) -> int:

@@ -269,7 +269,6 @@ def _totals(spec: JobSpec | None, history: History) -> tuple[Figure, ...]:
     up, down = history.bytes
     seconds = [each.seconds for each in history.rounds if math.isfinite(each.seconds)]
     mean = seconds_text(math.fsum(seconds) / len(seconds)) if seconds else NOTHING
-    kwh = history.energy_kwh
     return (
         Figure("drop-outs", _drop_outs(spec, history), "a site lost to a phase of a round"),
         Figure("sent by sites", bytes_text(up) if up else NOTHING, "all sites together"),
@@ -277,8 +276,8 @@ def _totals(spec: JobSpec | None, history: History) -> tuple[Figure, ...]:
         Figure("mean round", mean, f"over {plural(len(seconds), 'round')}" if seconds else ""),
         Figure(
             "energy",
-            NOTHING if kwh is None else f"{kwh:.3g} kWh",
-            "sites do not report it" if kwh is None else "all sites together",
+            NOTHING if spec is None else f"≤ {spec.resources.energy_kwh:g} kWh",
+            "at each site, which stops there" if spec is not None else "",
         ),
     )
 
