@@ -156,7 +156,7 @@ def test_the_job_shows_attempts_losses_and_claim(busy: Federation) -> None:
     assert ["keys", "paused", "the site is paused", "1"] in page.rows
     assert any(row[:4] == ["3", "training", "1", "ended"] for row in page.rows)
     assert "ε for a patient, at most" in page.text
-    assert "sites do not report it" in page.text
+    assert "≤ 10 kWh" in page.text
 
 
 def test_members_roster_and_certificates_are_shown(busy: Federation) -> None:
