@@ -88,7 +88,7 @@ def gateway(running: Coordinator, certificate: str) -> Iterator[int]:
     pair = (keys / "server.pem").read_bytes(), (keys / "server.crt").read_bytes()
     root = (keys / "authority.crt").read_bytes()
     port = server.add_secure_port(
-        "localhost:0", grpc.ssl_server_credentials([pair], root, require_client_auth=True)
+        "127.0.0.1:0", grpc.ssl_server_credentials([pair], root, require_client_auth=True)
     )
     server.start()
     try:

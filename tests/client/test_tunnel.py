@@ -416,7 +416,7 @@ def test_grpc_through_the_governance_door(federation: Federation, doors: Path) -
         credentials = grpc.ssl_server_credentials(
             [(key, certificate)], federation.root.read_bytes(), require_client_auth=True
         )
-        port = server.add_secure_port("localhost:0", credentials)
+        port = server.add_secure_port("127.0.0.1:0", credentials)
         server.start()
         try:
             with (
