@@ -65,7 +65,7 @@ class AgentSettings(BaseModel):
     memory_gib: Annotated[Real, Field(ge=1)] | None = Field(
         default=None, description="Most memory of one worker, in GiB; null for no bound."
     )
-    supernode_memory_gib: Annotated[Real, Field(ge=0.25)] | None = Field(
+    supernode_memory_gib: Annotated[Real, Field(ge=0.5)] | None = Field(
         default=8.0,
         description="Most memory of the process that receives messages, in GiB; null for no bound.",
     )

@@ -75,9 +75,9 @@ class SuperNodeSettings:
             path: Path = getattr(self, name)
             if not path.is_file():
                 raise ConfigurationError(f"{name}: {path} is no file: enrol the site first")
-        if self.memory_mib is not None and self.memory_mib < 256:
+        if self.memory_mib is not None and self.memory_mib < 512:
             raise ConfigurationError(
-                f"memory_mib is {self.memory_mib}: a SuperNode needs at least 256"
+                f"memory_mib is {self.memory_mib}: a SuperNode needs at least 512"
             )
 
 

@@ -157,7 +157,7 @@ def test_a_bundle_that_unpacks_to_too_much_ends_the_node_for_a_moment_only(
     link: SuperLink, settings: SuperNodeSettings
 ) -> None:
     # Flower's SuperNode itself reads the project file of every bundle.
-    small = replace(settings, memory_mib=256)
+    small = replace(settings, memory_mib=512)
     with SuperNode(small, HASTY) as supernode:
         node, first = connected(supernode), process_of(supernode)
         with grid_of_run(link, _bomb()) as run:
@@ -167,9 +167,12 @@ def test_a_bundle_that_unpacks_to_too_much_ends_the_node_for_a_moment_only(
 
 
 def _bomb() -> bytes:
-    """A bundle of less than a megabyte with a project file of 128 MiB."""
+    """A bundle of less than a megabyte with a project file of 512 MiB."""
     buffer = BytesIO()
     with ZipFile(buffer, "w", ZIP_DEFLATED) as bundle:
-        bundle.writestr("pyproject.toml", APP_PROJECT.encode() + b"\n" * (128 << 20))
+        with bundle.open("pyproject.toml", "w") as project:
+            project.write(APP_PROJECT.encode())
+            for _ in range(512):
+                project.write(b"\n" * (1 << 20))
         bundle.writestr(".info/CONTENT", b"")
     return buffer.getvalue()
