@@ -14,6 +14,7 @@ from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
+import worker_apps
 from flower_parties import (
     SuperLink,
     alive,
@@ -25,8 +26,9 @@ from flower_parties import (
 )
 from flwr.app import RecordDict
 
+from fedcmr_client.runner import Runner
 from fedcmr_client.supernode import Patience, SuperNode, SuperNodeSettings
-from fedcmr_shared.federation.flower_app import APP_PROJECT
+from fedcmr_shared.federation.flower_app import APP_PROJECT, app_bundle
 
 HASTY = Patience(refused_s=0.1, first_s=0.1, most_s=0.5)
 
@@ -154,7 +156,7 @@ Event().wait()
 
 
 def test_a_bundle_that_unpacks_to_too_much_ends_the_node_for_a_moment_only(
-    link: SuperLink, settings: SuperNodeSettings
+    link: SuperLink, settings: SuperNodeSettings, tmp_path: Path
 ) -> None:
     # Flower's SuperNode itself reads the project file of every bundle.
     small = replace(settings, memory_mib=512)
@@ -164,6 +166,11 @@ def test_a_bundle_that_unpacks_to_too_much_ends_the_node_for_a_moment_only(
             run.push(node, "train", RecordDict())
             wait_for("its end", lambda: not alive(first))
         assert connected(supernode) == node
+        with (
+            Runner(supernode, "alder", tmp_path, record_refusal=print, app=worker_apps.answer),
+            grid_of_run(link, app_bundle()) as run,
+        ):
+            assert "own" in run.ask(node, "train", worker_apps.question(tmp_path)).content
 
 
 def _bomb() -> bytes:
