@@ -159,7 +159,7 @@ def test_learns_to_draw_the_heart_that_the_phenotypes_ask_for() -> None:
         list(model.generator.parameters()),
         6e-3,
         250,
-        lambda some: model(clips[some], phenotypes[some], generator),
+        lambda some: model.loss(clips[some], phenotypes[some], generator),
     )
     plan = SamplingPlan(steps=4, diffusion_steps=20, guidance=1.0)
     drawn = model.eval().sample(phenotypes[:24], seeded(*range(24)), plan)

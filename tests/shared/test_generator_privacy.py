@@ -50,7 +50,7 @@ def loss_of(module: nn.Module) -> Callable[[Sequence[Example]], Tensor]:
             inputs = (phenotypes[None],)
             if hasattr(module, "autoencoder"):
                 inputs = (clip[None], *inputs)
-            rows.append(module(*inputs, generator))
+            rows.append(module.loss(*inputs, generator))
         return torch.cat(rows)
 
     return loss

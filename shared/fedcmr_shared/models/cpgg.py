@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.models.masked_generator import (
     PUBLISHED,
+    Draws,
     MaskedGenerator,
     MaskedGeneratorConfig,
     SamplingPlan,
@@ -94,9 +95,16 @@ class CPGG(nn.Module):
         self.autoencoder = VideoVAE(config.video).requires_grad_(False)
         self.generator = MaskedGenerator(config.generator)
 
-    def forward(self, clips: Tensor, phenotypes: Tensor, generator: torch.Generator) -> Tensor:
-        """Return :meth:`loss`, for gradient engines that wrap modules."""
-        return self.loss(clips, phenotypes, generator)
+    def forward(self, latents: Tensor, phenotypes: Tensor, draws: Draws) -> Tensor:
+        """Return each patient's loss ``[batch]`` from latents of the frozen autoencoder.
+
+        Args:
+            latents: ``[batch, *latent_shape]``, drawn from the autoencoder's posterior.
+            phenotypes: ``[batch, names]``; a missing one (NaN) counts as the prior's mean.
+            draws: the loss's randomness, as `masked_generator.draw` gives it.
+        """
+        conditions, _ = self.scale(phenotypes.to(latents.dtype))
+        return self.generator.loss(latents, conditions, draws)
 
     def loss(self, clips: Tensor, phenotypes: Tensor, generator: torch.Generator) -> Tensor:
         """Return each patient's loss ``[batch]``.
@@ -108,9 +116,8 @@ class CPGG(nn.Module):
         """
         with torch.no_grad():
             latents = self.autoencoder.encode(clips).sample(generator)
-        conditions, _ = self.scale(phenotypes.to(clips.dtype))
         draws = draw(self.config.generator, len(clips), generator)
-        return self.generator.loss(latents, conditions, draws)
+        return self.forward(latents, phenotypes, draws)
 
     @torch.no_grad()
     def sample(

@@ -72,27 +72,28 @@ class PhenotypeVAE(nn.Module):
         decoded: Tensor = self.out(self.decoder(self.widen(latents)))
         return decoded
 
-    def forward(self, values: Tensor, generator: torch.Generator) -> Tensor:
-        """Return :meth:`loss`, for gradient engines that wrap modules."""
-        return self.loss(values, generator)
-
-    def loss(self, values: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(self, values: Tensor, noise: Tensor) -> Tensor:
         """Return each patient's loss ``[batch]``: squared error and weighted KL divergence.
 
         The error is a mean over the phenotypes that are there, the divergence a sum over latents.
 
         Args:
             values: ``[batch, names]`` in the phenotypes' units, NaN where missing.
-            generator: source of the draw of latents.
+            noise: standard normal numbers ``[batch, latents]``.
         """
         standard, known = self.scale(values)
         mean, log_variance = self.encode(standard)
-        noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
         decoded = self.decode(mean + torch.exp(log_variance / 2) * noise)
         error = torch.where(known, decoded - standard, 0.0).square().sum(1)
         divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum(1) / 2
         each: Tensor = error / known.sum(1).clamp(min=1) + self.config.kl_weight * divergence
         return each
+
+    def loss(self, values: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the loss of ``values`` with latents drawn by ``generator``."""
+        shape = (len(values), self.config.latents)
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        return self.forward(values, noise.to(self.widen.weight))
 
     @torch.no_grad()
     def sample(self, count: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
