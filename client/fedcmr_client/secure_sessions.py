@@ -22,18 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedcmr_client.ledger.place import make_folder, write_durably
+from fedcmr_client.ledger.place import make_folder
+from fedcmr_client.sealed_files import KEY_BYTES, erase, read_sealed, write_sealed
 from fedcmr_shared.errors import LedgerError
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.secagg.session import Session
 from fedcmr_shared.secagg.site import SiteState
 
-_KEY_BYTES: Final = 32
-_NONCE_BYTES: Final = 12
+_CONSEQUENCE: Final = "the site then misses this sum"
 
 
 class SessionRecord(BaseModel):
@@ -71,8 +69,9 @@ class SessionStore:
 
     def load(self, session: Session) -> SessionRecord | None:
         """Return the record of ``session``; None when there is none."""
-        key, path = _read(self._path(session, "key"), self.key), self._path(session, "session")
-        content = None if key is None else _read(path, key)
+        path = self._path(session, "session")
+        key = read_sealed(self._path(session, "key"), self.key, _CONSEQUENCE)
+        content = None if key is None else read_sealed(path, key, _CONSEQUENCE)
         if content is None:
             return None
         try:
@@ -91,26 +90,26 @@ class SessionStore:
         """Keep ``record``, to last once this returns."""
         session = record.state.header.session
         path = self._path(session, "key")
-        key = _read(path, self.key)
+        key = read_sealed(path, self.key, _CONSEQUENCE)
         if key is None:
-            key = os.urandom(_KEY_BYTES)
-            _write(path, self.key, key)
-        _write(self._path(session, "session"), key, record.model_dump_json().encode())
+            key = os.urandom(KEY_BYTES)
+            write_sealed(path, self.key, key)
+        write_sealed(self._path(session, "session"), key, record.model_dump_json().encode())
 
     def finish(self, session: Session, answer: str) -> None:
         """Keep the answer that may be sent again, and erase the session's secrets."""
-        _write(self._path(session, "answer"), self.key, answer.encode())
+        write_sealed(self._path(session, "answer"), self.key, answer.encode())
         self.erase(session)
 
     def answer(self, session: Session) -> str | None:
         """Return the answer that ended ``session``; None when none is kept."""
-        content = _read(self._path(session, "answer"), self.key)
+        content = read_sealed(self._path(session, "answer"), self.key, _CONSEQUENCE)
         return None if content is None else content.decode()
 
     def erase(self, session: Session) -> None:
         """Erase the secrets of ``session``; nothing where there are none."""
-        _erase(self._path(session, "key"))
-        _erase(self._path(session, "session"))
+        erase(self._path(session, "key"))
+        erase(self._path(session, "session"))
 
     def erase_others(self, session: Session) -> None:
         """Erase the secrets of the same job's other sessions."""
@@ -126,44 +125,8 @@ class SessionStore:
         for pattern in (f"{session.job}-*.{kind}", f".{session.job}-*.{kind}.partial"):
             for path in sorted(self.folder.glob(pattern)):
                 if path != self._path(session, kind):
-                    _erase(path)
+                    erase(path)
 
     def _path(self, session: Session, kind: str) -> Path:
         name = f"{session.job}-{session.phase}-{session.round}-{session.attempt}.{kind}"
         return self.folder / name
-
-
-def _read(path: Path, key: bytes) -> bytes | None:
-    try:
-        sealed = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
-    nonce, body = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
-    try:
-        return AESGCM(key).decrypt(nonce, body, path.name.encode())
-    except (InvalidTag, ValueError) as error:
-        message = "was changed or is another site's: remove it, the site then misses this sum"
-        raise LedgerError(f"{path}: {message}") from error
-
-
-def _write(path: Path, key: bytes, content: bytes) -> None:
-    nonce = os.urandom(_NONCE_BYTES)
-    try:
-        write_durably(path, nonce + AESGCM(key).encrypt(nonce, content, path.name.encode()))
-    except OSError as error:
-        raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _erase(path: Path) -> None:
-    try:
-        with path.open("r+b") as file:
-            file.write(bytes(path.stat().st_size))
-            file.flush()
-            os.fsync(file.fileno())
-        path.unlink()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise LedgerError(f"{path}: cannot be erased: {error.strerror}") from error
