@@ -44,10 +44,11 @@ import torch
 from torch import Tensor
 
 from fedcmr_client.dataset import all_images
+from fedcmr_client.objectives import ReconstructionObjective
+from fedcmr_client.objectives.choice import load_encoder
 from fedcmr_client.private_trainer import PrivateTrainer
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.store.split import Split
-from fedcmr_client.task_model import load_encoder
 from fedcmr_client.trainer import Trainer, change_since, trained_values
 from fedcmr_server.optimisers import ServerOptimiser, weighted_mean
 from fedcmr_shared.kspace.masks import Sampling
@@ -168,9 +169,11 @@ def train(work: Work) -> dict[str, Tensor]:
     """Return a site's update."""
     job = work.job
     model = network(job, work.state)
-    trainer_of = Trainer if job.privacy is None else PrivateTrainer
-    trainer = trainer_of(
-        model, job, records(work.store, "train"), load_encoder(job), site=work.store.name
+    scans, encoder, site = records(work.store, "train"), load_encoder(job), work.store.name
+    trainer = (
+        Trainer(model, job, scans, encoder, site=site)
+        if job.privacy is None
+        else PrivateTrainer(model, job, scans, ReconstructionObjective(job, encoder), site=site)
     )
     before = trained_values(model)
     steps = job.training.local_steps

@@ -12,8 +12,7 @@ from torch import Tensor
 from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.models.bundle import save_bundle, state_sha256
 from fedcmr_shared.models.card import (
-    INTENDED_USE,
-    LIMITS,
+    PURPOSES,
     Evaluation,
     Lineage,
     LineageRound,
@@ -73,8 +72,8 @@ def make_card(key: SiteKey, model_sha256: str, job: JobSpec = JOB, **changes: An
         ),
         "gates": (),
         "software": {"fedcmr": "0.1.0", "python": "3.11.4"},
-        "intended_use": INTENDED_USE,
-        "limits": LIMITS,
+        "intended_use": PURPOSES["cardiomm"].use,
+        "limits": PURPOSES["cardiomm"].limits,
         "created_at": NOW,
     }
     return ModelCard.model_validate({**values, **changes})

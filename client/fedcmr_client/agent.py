@@ -28,24 +28,27 @@ import torch
 from flwr.app import RecordDict
 from safetensors import safe_open
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedcmr_client.copy_gate import TRIES, CopyGate
 from fedcmr_client.gate import examine, require
 from fedcmr_client.job_records import job_records
 from fedcmr_client.ledger import Ledger
+from fedcmr_client.objectives import checking_objective
+from fedcmr_client.objectives.choice import load_encoder
 from fedcmr_client.private_round import train_round, train_round_on_gpus
 from fedcmr_client.private_trainer import gradient_engine
 from fedcmr_client.scoring import patient_scores
 from fedcmr_client.secure_site import SecureSite
 from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
-from fedcmr_client.task_model import load_encoder, task_model
+from fedcmr_client.task_model import reconstructor, task_model
 from fedcmr_client.usage import Usage
 from fedcmr_shared.errors import ConfigurationError, JobRefused
 from fedcmr_shared.federation.messages import Scores, Task, Update
 from fedcmr_shared.models.bundle import state_sha256
-from fedcmr_shared.models.cardiomm import CardioMM
-from fedcmr_shared.privacy.evaluation import noisy_totals
+from fedcmr_shared.models.cpgg import CPGG
+from fedcmr_shared.privacy.evaluation import noisy_totals, outcome_totals
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
 from fedcmr_shared.schemas.privacy import Metric, PrivacySpec
@@ -131,7 +134,7 @@ class SiteAgent:
         self,
         task: Task,
         phase: Phase,
-        work: Callable[[Task, CardioMM, list[ScanRecord]], Result],
+        work: Callable[[Task, nn.Module, list[ScanRecord]], Result],
         pack: Callable[[Result], bytes],
         read: Callable[[Path], Result],
     ) -> Result:
@@ -142,12 +145,14 @@ class SiteAgent:
                 stored = ledger.stored(job.sha256, phase, task.round)
                 if stored is not None:
                     # A crash may have come between storing and closing.
-                    _close_after_last(ledger, job, phase, task.round)
+                    self._close_after_last(ledger, job, phase, task.round)
                     return read(stored)
                 model = _exact_model(task)
                 usage = Usage(self.home.policy, ledger.place.folder)
                 usage.require_left(job)
                 records = self._admitted_records(ledger, job, phase)
+                _require_try(ledger, job, phase)
+                self._tidy_latents(ledger, job, phase)
                 attempt = ledger.start(job.sha256, phase, task.round)
             except JobRefused as refusal:
                 ledger.refuse(job.sha256, refusal.code, refusal.rule)
@@ -158,7 +163,7 @@ class SiteAgent:
             finally:
                 usage.add(job, time.monotonic() - started)
             ledger.store(job.sha256, phase, task.round, attempt, pack(result))
-            _close_after_last(ledger, job, phase, task.round)
+            self._close_after_last(ledger, job, phase, task.round)
             return result
 
     def _require_allowed(
@@ -177,8 +182,13 @@ class SiteAgent:
         with self.home.open_store() as store:
             if ledger.budget.status(job.sha256) != "open":
                 self._admit(ledger, store, job)
-            members = ledger.cohort(job.sha256, phase)
-            allowed = job_records(store, job, self.home.policy, phase)
+            return self._members(ledger, store, job, phase)
+
+    def _members(
+        self, ledger: Ledger, store: SiteStore, job: JobSpec, phase: Phase
+    ) -> list[ScanRecord]:
+        members = ledger.cohort(job.sha256, phase)
+        allowed = job_records(store, job, self.home.policy, phase)
         return [record for record in allowed if record.patient in members]
 
     def _admit(self, ledger: Ledger, store: SiteStore, job: JobSpec) -> None:
@@ -195,7 +205,7 @@ class SiteAgent:
             evaluation=evaluation,
         )
 
-    def _train(self, task: Task, model: CardioMM, records: list[ScanRecord]) -> Update:
+    def _train(self, task: Task, model: nn.Module, records: list[ScanRecord]) -> Update:
         if self.home.policy.processes > 1:
             patients = {record.patient for record in records}
             delta = train_round_on_gpus(task, patients, self.home)
@@ -203,11 +213,14 @@ class SiteAgent:
             delta = train_round(task, model, records, self.home)
         return Update(self.name, task.round, state_sha256(task.state), delta)
 
-    def _evaluate(self, task: Task, model: CardioMM, records: list[ScanRecord]) -> Scores:
+    def _evaluate(self, task: Task, model: nn.Module, records: list[ScanRecord]) -> Scores:
         job = task.job
         privacy = _privacy(job)
+        if privacy.evaluation.memorisation:
+            totals = self._search_copies(job, model, records)
+            return Scores(self.name, task.round, state_sha256(task.state), totals)
         device = torch.device(self.home.policy.device)
-        scores = patient_scores(model, job, records, load_encoder(job), device)
+        scores = patient_scores(reconstructor(task), job, records, load_encoder(job), device)
         spec = privacy.evaluation
         totals = noisy_totals(
             list(scores.values()),
@@ -218,17 +231,51 @@ class SiteAgent:
         )
         return Scores(self.name, task.round, state_sha256(task.state), totals)
 
+    def _tidy_latents(self, ledger: Ledger, job: JobSpec, phase: Phase) -> None:
+        """Erase latents of jobs that have ended, and of patients who left this one."""
+        if phase == "train":
+            jobs = ledger.budget.jobs.items()
+            kept = self.home.latents(job)
+            kept.erase_others({name for name, state in jobs if state.closed is None})
+            kept.keep_only(ledger.cohort(job.sha256, phase))
+
+    def _search_copies(
+        self, job: JobSpec, model: nn.Module, validation: list[ScanRecord]
+    ) -> dict[str, Tensor]:
+        assert isinstance(model, CPGG)  # no other network has this score
+        with closing(self.home.open_ledger()) as ledger, self.home.open_store() as store:
+            training = self._members(ledger, store, job, "train")
+        gate = CopyGate(model, job.model.size, self.home.policy.device)
+        return outcome_totals(gate.outcome(training, validation))
+
+    def _close_after_last(self, ledger: Ledger, job: JobSpec, phase: Phase, number: int) -> None:
+        evaluated = job.evaluated_rounds()
+        last: Phase = "evaluate" if evaluated and evaluated[-1] == job.rounds else "train"
+        if (phase, number) == (last, job.rounds):
+            ledger.finish(job.sha256, "finished")
+            self.home.latents(job).erase()
+
     def _metrics(self, privacy: PrivacySpec) -> list[Metric]:
         """Scores that the job asks for and the policy lets out."""
         allowed = self.home.policy.evaluation.metrics
         return [name for name in privacy.evaluation.metrics if name in allowed]
 
 
-def _exact_model(task: Task) -> CardioMM:
+def _exact_model(task: Task) -> nn.Module:
     """Return the task's model if the job's gradient engine is exact for it; opens no data."""
     model = task_model(task)
-    gradient_engine(model, task.job, load_encoder(task.job), torch.device("cpu"))
+    gradient_engine(model, task.job, checking_objective(model, task.job))
     return model
+
+
+def _require_try(ledger: Ledger, job: JobSpec, phase: Phase) -> None:
+    """Raise JobRefused when the memorisation gate was started too often; nothing else has tries."""
+    if phase != "evaluate" or not _privacy(job).evaluation.memorisation:
+        return
+    state = ledger.budget.jobs.get(job.sha256)
+    if state is not None and state.started(phase) >= TRIES:
+        message = f"the memorisation gate was started {TRIES} times for this job"
+        raise JobRefused("declined", "memorisation", message)
 
 
 def _require_round(job: JobSpec, phase: Phase, number: int) -> None:
@@ -241,13 +288,6 @@ def _privacy(job: JobSpec) -> PrivacySpec:
     if job.privacy is None:  # the gate lets no such job pass
         raise ConfigurationError(f"job {job.name} declares no privacy")
     return job.privacy
-
-
-def _close_after_last(ledger: Ledger, job: JobSpec, phase: Phase, number: int) -> None:
-    evaluated = job.evaluated_rounds()
-    last: Phase = "evaluate" if evaluated and evaluated[-1] == job.rounds else "train"
-    if (phase, number) == (last, job.rounds):
-        ledger.finish(job.sha256, "finished")
 
 
 def _pack_update(update: Update) -> bytes:

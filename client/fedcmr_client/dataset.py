@@ -96,6 +96,10 @@ class Cohort:
         """Pseudonyms, sorted."""
         return sorted(self._by_patient)
 
+    def scans(self, patient: str) -> list[ScanRecord]:
+        """All scans of a patient."""
+        return list(self._by_patient[patient])
+
     def draw(self, patient: str, at_most: int, generator: np.random.Generator) -> list[Image]:
         """Load ``at_most`` of a patient's images, drawn without replacement over all scans."""
         scans = self._by_patient[patient]

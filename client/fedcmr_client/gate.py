@@ -163,9 +163,14 @@ def _evaluation_noise(job: JobSpec, policy: SitePolicy, now: datetime) -> tuple[
     noise = job.privacy.evaluation.noise_multiplier
     if noise is not None:
         return True, f"scores leave with noise {noise:g}"
+    what = "one bit leaves" if job.privacy.evaluation.memorisation else "scores leave"
     if job.aggregation == "plain_with_local_dp":
         # The figures would be this site's, not the federation's.
-        return False, "scores leave without noise, which needs secure aggregation"
+        return False, f"{what} without noise, which needs secure aggregation"
+    if job.privacy.evaluation.memorisation:
+        listed = "memorisation" in policy.evaluation.metrics
+        text = "evaluation.metrics lists it" if listed else "evaluation.metrics does not list it"
+        return listed, f"one bit leaves: whether the memorisation gate passed; {text}"
     allowed = "allows" if policy.evaluation.allow_unnoised else "does not allow"
     return policy.evaluation.allow_unnoised, f"scores leave without noise; the site {allowed} it"
 

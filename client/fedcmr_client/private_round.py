@@ -18,19 +18,19 @@ from typing import Final
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcmr_client.job_records import job_records
+from fedcmr_client.objectives import training_objective
 from fedcmr_client.pauses import wait_while_held
 from fedcmr_client.private_trainer import PrivateTrainer
 from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import ScanRecord
-from fedcmr_client.task_model import load_encoder, task_model
+from fedcmr_client.task_model import task_model
 from fedcmr_client.trainer import change_since, trained_values
 from fedcmr_client.usage import Usage
 from fedcmr_shared.errors import FedcmrError, FederationError
 from fedcmr_shared.federation.messages import Task
-from fedcmr_shared.models.cardiomm import CardioMM
 from fedcmr_shared.privacy.ranks import ALONE, Ranks, joined
 from fedcmr_shared.schemas.job import JobSpec
 
@@ -41,7 +41,7 @@ _UPDATE: Final = "update.safetensors"
 
 def train_round(
     task: Task,
-    model: CardioMM,
+    model: nn.Module,
     records: list[ScanRecord],
     home: SiteHome,
     *,
@@ -69,7 +69,7 @@ def train_round(
         model,
         job,
         records,
-        load_encoder(job),
+        training_objective(model, job, home, device),
         site=home.policy.site,
         device=device,
         ranks=ranks,

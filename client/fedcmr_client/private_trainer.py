@@ -1,4 +1,4 @@
-"""Patient-level DP-SGD of a reconstructor on a site's cohort.
+"""Patient-level DP-SGD of a network on a site's cohort.
 
 What the trainer learns about the data while it works (who was drawn, losses, how many gradients
 were clipped) stays inside it; only the noisy weights are a release.
@@ -9,27 +9,24 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedcmr_client.dataset import Cohort, Image, Undersampled, undersample
+from fedcmr_client.dataset import Cohort
+from fedcmr_client.objectives.choice import AnyObjective
 from fedcmr_client.store.site_store import ScanRecord
-from fedcmr_client.trainer import LocalOptimiser, ReconstructionLoss, draw_sampling
+from fedcmr_client.trainer import LocalOptimiser
 from fedcmr_shared.errors import ConfigurationError, DataError
-from fedcmr_shared.kspace.masks import Sampling
-from fedcmr_shared.models.cardiomm import CardioMM
 from fedcmr_shared.privacy.distributed import noise_share
 from fedcmr_shared.privacy.engines import engine_for
 from fedcmr_shared.privacy.mechanism import Engine, Mechanism, set_gradients
 from fedcmr_shared.privacy.parts import freeze, trainable_names
 from fedcmr_shared.privacy.ranks import ALONE, Ranks
 from fedcmr_shared.privacy.step import PatientCounts, private_gradient, private_integers
-from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
 from fedcmr_shared.schemas.job import JobSpec
-from fedcmr_shared.text.encoders import TextEncoder
 
 _log = logging.getLogger("fedcmr.site")
 
@@ -37,7 +34,7 @@ _log = logging.getLogger("fedcmr.site")
 class PrivateTrainer:
     """Trains the job's part of one model with the job's mechanism.
 
-    Patients, images, masks and noise are drawn from the operating system's entropy, so a repeated
+    Patients, their examples and noise are drawn from the operating system's entropy, so a repeated
     round is another release and costs a spare round. ``before_step`` may wait, and do nothing else.
 
     Raises:
@@ -47,10 +44,10 @@ class PrivateTrainer:
 
     def __init__(
         self,
-        model: CardioMM,
+        model: nn.Module,
         job: JobSpec,
         records: Sequence[ScanRecord],
-        encoder: TextEncoder,
+        objective: AnyObjective,
         *,
         site: str,
         device: str = "cpu",
@@ -65,7 +62,8 @@ class PrivateTrainer:
         self._cohort = Cohort(records)
         self._ranks = ranks
         self._before_step = before_step
-        self._engine = gradient_engine(self._model, job, encoder, torch.device(device))
+        self._objective = objective
+        self._engine = gradient_engine(self._model, job, objective)
         self._parameters = list(self._engine.parameters)
         self.mechanism = Mechanism.of(job.privacy, job.weight(site))
         self._optimiser = LocalOptimiser(job, self._parameters)
@@ -111,15 +109,10 @@ class PrivateTrainer:
         names = trainable_names(self._job.model, self._model, self._job.training.part)
         return {n: t.cpu() for n, t in zip(names, result.gradients, strict=True)}
 
-    def _load(self, patient: str) -> list[Undersampled]:
+    def _load(self, patient: str) -> list[Any]:
         generator = np.random.default_rng(int.from_bytes(os.urandom(16)))
         try:
-            images = self._cohort.draw(patient, self._privacy.images_per_patient, generator)
-            return [
-                draw_sampling(image, self._job, generator)
-                for image in images
-                for _ in range(self._privacy.augmentations)
-            ]
+            return self._objective.draw(self._cohort, patient, generator)
         except (ConfigurationError, DataError) as error:
             # A damaged scan, or one too small for the sampling, must not show outside, so its
             # patient counts as zero.
@@ -140,9 +133,7 @@ def _report(step: int, counts: PatientCounts) -> None:
     )
 
 
-def gradient_engine(
-    model: CardioMM, job: JobSpec, encoder: TextEncoder, device: torch.device
-) -> Engine[Undersampled]:
+def gradient_engine(model: nn.Module, job: JobSpec, objective: AnyObjective) -> Engine[Any]:
     """Freeze what the job does not train and return the engine that it names.
 
     Raises:
@@ -153,38 +144,11 @@ def gradient_engine(
     if job.privacy is not None:
         # A job whose levels are too few for this model fails here, before anything is spent.
         Mechanism.of(job.privacy, 1).grid_scale(sum(p.numel() for p in parameters))
-
-    def loss_of(module: nn.Module) -> ReconstructionLoss:
-        return ReconstructionLoss(module, job, encoder, device)
-
-    name = job.privacy.engine if job.privacy is not None else "backward"
     return engine_for(
-        name,
+        job.privacy.engine if job.privacy is not None else "backward",
         model,
         parameters,
-        loss_of,
-        synthetic=_synthetic_images,
-        shape_of=lambda item: item.image.kspace.shape,
+        objective.loss_of,
+        synthetic=objective.synthetic,
+        shape_of=objective.shape_of,
     )
-
-
-def _synthetic_images() -> list[Undersampled]:
-    """Return random float64 images without a patient, for the engine's own check."""
-    shape = (2, 32, 32)
-    metadata = AcquisitionMetadata(
-        origin="simulated",
-        source_format="random",
-        frames=1,
-        slices=1,
-        coils=shape[0],
-        phase_encodes=shape[1],
-        readout_samples=shape[2],
-    )
-    record = ScanRecord("random", "nobody", Path(), metadata, "train", "", False)
-    generator = torch.Generator().manual_seed(0)
-    sampling = Sampling("uniform", 4.0, 8)
-    images = []
-    for seed in range(2):
-        kspace = torch.randn(shape, dtype=torch.complex128, generator=generator)
-        images.append(undersample(Image(record, 0, 0, kspace), sampling, seed))
-    return images

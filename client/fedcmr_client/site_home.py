@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
 from fedcmr_client.policy import load_policy
-from fedcmr_client.store.pseudonyms import read_secret
+from fedcmr_client.store.pseudonyms import keyed_hash, read_secret
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.identity.roster import Roster, read_roster
+from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.policy import SitePolicy
 
 if TYPE_CHECKING:
+    from fedcmr_client.latents import LatentCache
     from fedcmr_client.ledger import Ledger, LedgerPlace
     from fedcmr_client.membership import Membership
     from fedcmr_client.pauses import PauseSwitch
@@ -139,6 +141,13 @@ class SiteHome:
 
         folder = self.policy.ledger.folder / "sessions"
         return SessionStore(folder, self.identity().storage_key("secure sums"))
+
+    def latents(self, job: JobSpec) -> LatentCache:
+        """Return where this site keeps the latents of ``job``; DataError without a secret."""
+        from fedcmr_client.latents import LatentCache
+
+        key = keyed_hash(self._secret(), "latents", job.sha256)
+        return LatentCache(self.policy.ledger.folder / "latents", job.sha256, key)
 
     def _compare(self, ledger: Ledger) -> None:
         opened, policy = ledger.budget.opened, self.policy

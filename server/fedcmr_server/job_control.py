@@ -25,7 +25,7 @@ from fedcmr_shared.identity.roster import Roster
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.card import bounded_notes
 from fedcmr_shared.models.lora import adopt, has_lora, merge_lora
-from fedcmr_shared.models.registry import available_models, build_model, model_entry
+from fedcmr_shared.models.registry import build_model, model_entry
 from fedcmr_shared.models.release import load_model
 from fedcmr_shared.privacy.job_claim import claim_of
 from fedcmr_shared.schemas.job import JobSpec
@@ -57,11 +57,9 @@ def check_job(job: JobSpec, coordinator: str, roster: Roster | None) -> None:
             f"{coordinator}: write coordinator: {coordinator}"
         )
     claim_of(job)
-    if not model_entry(job.model.name).trained_at_sites:
-        raise ConfigurationError(
-            f"job {job.name}: model.name is {job.model.name}, which sites cannot train yet: use "
-            + " or ".join(n for n, entry in available_models().items() if entry.trained_at_sites)
-        )
+    problem = model_entry(job.model.name).scoring_problem(job)
+    if problem is not None:
+        raise ConfigurationError(f"job {job.name}: {problem}")
     if roster is None:
         raise ConfigurationError(
             f"job {job.name}: the federation has no roster yet: enrol at least three sites"
@@ -214,7 +212,9 @@ def demands(job: JobSpec) -> list[Demand]:
         Demand("max_energy_kwh", f"at least {job.resources.energy_kwh:g}"),
     ]
     if job.evaluated_rounds():
-        if privacy.evaluation.noise_multiplier is None:
+        if privacy.evaluation.memorisation:
+            found.append(Demand("evaluation.metrics", "with memorisation"))
+        elif privacy.evaluation.noise_multiplier is None:
             found.append(Demand("evaluation.allow_unnoised", "true"))
         else:
             noises.append(privacy.evaluation.noise_multiplier)

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -25,13 +25,13 @@ from fedcmr_server.folder_lock import locked
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_control import spec_of
 from fedcmr_server.job_states import JobState
+from fedcmr_server.release_gates import GATES, ReleaseGate
 from fedcmr_server.store import Events, Jobs, Releases, Rounds, Store
 from fedcmr_server.store.tables import JobRow, ReleaseRow
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.models.bundle import Bundle, load_bundle
 from fedcmr_shared.models.card import (
-    INTENDED_USE,
-    LIMITS,
+    PURPOSES,
     Evaluation,
     GateResult,
     Lineage,
@@ -45,17 +45,6 @@ from fedcmr_shared.privacy.job_claim import claim_of
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.problems import problems
 from fedcmr_shared.schemas.signed_job import JobAuthorisation
-
-
-class ReleaseGate(Protocol):
-    """A test that a model must pass before it leaves, such as that it repeats no patient."""
-
-    def check(self, job: JobSpec, bundle: Bundle) -> GateResult:
-        """Return what the gate found; FedcmrError when it could not be run."""
-
-
-GATES: Final[Mapping[str, Sequence[ReleaseGate]]] = {"cardiomm": ()}
-"""Gates by the model's name. A model that is not here cannot be released."""
 
 
 def release(
@@ -164,7 +153,8 @@ def _pass_gates(
         raise FederationError(
             f"job {row.name}: no release gates are known for {job.model.name}, so it stays here"
         )
-    found = tuple(gate.check(job, bundle) for gate in gates[job.model.name])
+    events = Events(store).as_values(row.id)
+    found = tuple(gate.check(job, bundle, events) for gate in gates[job.model.name])
     for result in found:
         if not result.passed:
             Events(store).record(row.id, "release_refused", result.model_dump())
@@ -182,6 +172,7 @@ def _card(
     now: datetime,
 ) -> ModelCard:
     job, events = spec_of(row), Events(store).as_values(row.id)
+    purpose = PURPOSES[job.model.name]
     if row.authorisation is None:
         raise FederationError(f"job {row.name} was never signed: submit it to the federation")
     try:
@@ -196,8 +187,9 @@ def _card(
             evaluation=_evaluation(job, events),
             gates=gates,
             software=software(),
-            intended_use=INTENDED_USE,
-            limits=LIMITS,
+            energy_kwh=next((e["energy_kwh"] for e in events[::-1] if "energy_kwh" in e), None),
+            intended_use=purpose.use,
+            limits=purpose.limits,
             created_at=now,
         )
     except ValidationError as error:
@@ -248,6 +240,7 @@ def _evaluation(job: JobSpec, events: Sequence[Mapping[str, Any]]) -> tuple[Eval
         )
         for event in events
         if event["event"] == "evaluation" and not event.get("closed")
+        if "memorisation" not in event
     }
     return tuple(found[number] for number in sorted(found))
 

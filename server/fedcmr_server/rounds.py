@@ -20,7 +20,7 @@ from fedcmr_server.robust import combine, euclidean_norm, require_enough, screen
 from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
-from fedcmr_shared.privacy.evaluation import histograms, mean_scores
+from fedcmr_shared.privacy.evaluation import energy_kwh, histograms, mean_scores, outcomes
 from fedcmr_shared.privacy.parts import trainable_names
 from fedcmr_shared.schemas.job import JobSpec
 
@@ -131,8 +131,12 @@ def _evaluate(answers: SiteAnswers, run: JobRun, task: Task) -> None:
 
 
 def _figures(totals: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Means over the patients of all sites, and their histograms where the job asks for them."""
-    found: dict[str, Any] = dict(mean_scores(totals))
+    """Means over all sites' patients and their histograms, or how many sites' gates passed."""
+    energy, gate = energy_kwh(totals), outcomes(totals)
+    found: dict[str, Any] = {} if energy is None else {"energy_kwh": energy}
+    if gate:
+        return found | {"memorisation": gate}
+    found |= mean_scores(totals)
     counted = histograms(totals)
     if counted:
         found["histograms"] = {metric: asdict(each) for metric, each in counted.items()}

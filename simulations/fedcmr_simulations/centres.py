@@ -27,6 +27,8 @@ from fedcmr_simulations.phantom.scan import Scan, Scanner
 
 SPLIT: Final = SplitFractions(train=0.4, validation=0.2, test=0.4)
 """Much to evaluate and little to train on, as at a hospital that needs others."""
+MID_VENTRICLE: Final = 0.55
+"""Height of a mid-ventricular slice over the apex, as a share of that of the base at ED."""
 _STANDARD_SLICES: Final = 8
 # Matrix and coils relative to those of detail `quick`.
 _ENLARGEMENT: Final = {"small": (2 / 3, 0.5), "standard": (1.8, 1.5)}
@@ -40,7 +42,8 @@ class Centre:
 
     ``matrix`` (phase, readout) and ``coils`` are those of detail `quick`; `standard` has about
     1.8 times the matrix and 1.5 times the coils, `small` two thirds of the matrix and half of the
-    coils. ``external`` centres are held out of training.
+    coils, `clip` the same matrix, four coils and no readout oversampling. ``external`` centres are
+    held out of training.
 
     Raises:
         ConfigurationError: probabilities do not add up to 1.
@@ -72,7 +75,10 @@ class Centre:
     def equipment(self, detail: Detail) -> Scanner:
         """Scanner settings at a level of detail."""
         array, phase, readout, spacing = self.array, *self.matrix, self.spacing_mm
-        if detail != "quick":
+        oversampling = self.readout_oversampling
+        if detail == "clip":
+            array, oversampling = replace(array, coils=4, front=2), 1.0
+        elif detail != "quick":
             pixels, loops = _ENLARGEMENT[detail]
             coils = max(round(loops * array.coils), _FEWEST_COILS)
             array = replace(array, coils=coils, front=round(loops * array.front))
@@ -86,7 +92,7 @@ class Centre:
             model=self.scanner,
             field_strength_t=self.field_strength_t,
             array=array,
-            grid=Grid(phase, readout, spacing, self.readout_oversampling),
+            grid=Grid(phase, readout, spacing, oversampling),
             slice_thickness_mm=8.0,
             slice_pitch_mm=10.0,
             snr=self.snr,
@@ -325,9 +331,10 @@ def _draw_scans(
     rng = np.random.default_rng(seed)
     patient = draw_patient(name, _draw(centre.diseases, rng), rng)
     # Quick: one sequence for most patients, two for the others. Small: one frame of one sequence.
-    chosen = [_draw(centre.modalities, rng)]
+    # Clip: the beat of one slice, which every hospital has.
+    chosen: list[Modality] = ["cine"] if detail == "clip" else [_draw(centre.modalities, rng)]
     others = [modality for modality in centre.modalities if modality not in chosen]
-    if others and detail != "small" and (detail == "standard" or rng.random() < 0.3):
+    if others and detail not in ("small", "clip") and (detail == "standard" or rng.random() < 0.3):
         chosen.append(others[int(rng.integers(len(others)))])
     heights = _slice_heights(patient, scanner, detail, rng)
     sequences = [protocol(modality, detail, centre.field_strength_t) for modality in chosen]
@@ -344,6 +351,8 @@ def _slice_heights(
 ) -> tuple[float, ...]:
     """Slice centres in mm over the apex, base first."""
     base = patient.heart.at(0).base
+    if detail == "clip":
+        return (MID_VENTRICLE * base,)
     if detail == "small":
         return (float(rng.uniform(0.3, 0.85) * base),)
     if detail == "quick":

@@ -9,9 +9,10 @@ from typing import Final
 import torch
 from flwr.app import RecordDict
 
+from fedcmr_client.objectives.choice import load_encoder
 from fedcmr_client.scoring import patient_scores
 from fedcmr_client.store.site_store import SiteStore
-from fedcmr_client.task_model import load_encoder, task_model
+from fedcmr_client.task_model import reconstructor
 from fedcmr_client.trainer import Trainer, change_since, trained_values
 from fedcmr_shared.errors import DataError, JobRefused
 from fedcmr_shared.federation.messages import Scores, Task, Update
@@ -45,7 +46,7 @@ class UnprotectedSite:
         job = task.job
         if job.privacy is not None:
             raise JobRefused("failed", "privacy", "an unprotected site cannot run a private job")
-        model = task_model(task)
+        model = reconstructor(task)
         with SiteStore.open(self.store) as store:
             records = store.cohort("train", job.cohort)
         trainer = Trainer(model, job, records, load_encoder(job), site=self.name)
@@ -62,7 +63,7 @@ class UnprotectedSite:
             records = store.cohort("validation", job.cohort)
         if not records:
             raise DataError("no validation scan: import more patients or change the split")
-        model = task_model(task)
+        model = reconstructor(task)
         scores = patient_scores(model, job, records, load_encoder(job), torch.device("cpu"))
         totals = noisy_totals(list(scores.values()), UNPROTECTED.metrics, noise_multiplier=None)
         return Scores(self.name, task.round, state_sha256(task.state), totals)

@@ -155,7 +155,7 @@ def test_a_forbidden_file_is_refused(tmp_path: Path) -> None:
         ("cohort.require_consent", "no", "valid boolean"),
         ("cohort.attributes", ["age"], "'modalities'"),
         ("cohort.acquired_from", "yesterday", "valid date"),
-        ("evaluation.metrics", ["dice"], "'psnr', 'ssim' or 'nmse'"),
+        ("evaluation.metrics", ["dice"], "'psnr', 'ssim', 'nmse' or 'memorisation'"),
         ("evaluation.allow_unnoised", 1, "valid boolean"),
         ("site", "two words", "pattern"),
         ("site", None, "valid string"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedcmr_client.dataset import load_image
+from fedcmr_client.objectives import ReconstructionObjective
 from fedcmr_client.private_round import train_round
 from fedcmr_client.private_trainer import PrivateTrainer, gradient_engine
 from fedcmr_client.site_home import SiteHome
@@ -46,6 +47,10 @@ def records(make_site: Callable[..., Path]) -> list[ScanRecord]:
         return store.scans("train")
 
 
+def objective(job: JobSpec) -> ReconstructionObjective:
+    return ReconstructionObjective(job, ENCODER)
+
+
 def make_model(job: JobSpec) -> CardioMM:
     torch.manual_seed(0)
     model = build_model(job.model)
@@ -57,7 +62,7 @@ def train(job: JobSpec, records: list[ScanRecord], steps: int = 1) -> dict[str, 
     """Return what changed, by parameter."""
     model = make_model(job)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    PrivateTrainer(model, job, records, ENCODER, site="north").run(0, steps)
+    PrivateTrainer(model, job, records, objective(job), site="north").run(0, steps)
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
@@ -76,7 +81,7 @@ def test_seeds_do_not_matter(records: list[ScanRecord]) -> None:
         job = make_job()
         model = make_model(job)
         torch.manual_seed(1)
-        PrivateTrainer(model, job, records, ENCODER, site="north").run(0, 1)
+        PrivateTrainer(model, job, records, objective(job), site="north").run(0, 1)
         runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert not torch.equal(*runs)
 
@@ -106,7 +111,7 @@ def test_the_denominator_is_public(make_site: Callable[..., Path]) -> None:
     # Two catalogues, one mechanism: nothing of a site's records enters it.
     for name, patients in (("few", 4), ("many", 9)):
         with SiteStore.open(make_site(name, patients)) as store:
-            trainer = PrivateTrainer(make_model(job), job, store.scans("train"), ENCODER, site=name)
+            trainer = PrivateTrainer(make_model(job), job, store.scans("train"), objective(job), site=name)
         assert trainer.mechanism == Mechanism.of(job.privacy, 1.0)
 
 
@@ -124,7 +129,7 @@ def test_distributed_noise_gives_integers_of_one_share_and_moves_nothing(
     job = shared_noise_job(sampling_rate=1e-9, noise_multiplier=3.0)
     model = make_model(job)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = PrivateTrainer(model, job, records, ENCODER, site="north")
+    trainer = PrivateTrainer(model, job, records, objective(job), site="north")
     sums = trainer.integers(1)
     assert list(sums) == trainable_names(job.model, model, "full")
     for name, parameter in model.named_parameters():
@@ -155,11 +160,11 @@ def test_a_round_with_distributed_noise_returns_the_integers_of_the_drawn(
 
 def test_integers_and_steps_do_not_mix(records: list[ScanRecord]) -> None:
     job = shared_noise_job()
-    trainer = PrivateTrainer(make_model(job), job, records, ENCODER, site="north")
+    trainer = PrivateTrainer(make_model(job), job, records, objective(job), site="north")
     with pytest.raises(ValueError, match="whole numbers"):
         trainer.run(0, 1)
     whole = make_job("full")
-    trainer = PrivateTrainer(make_model(whole), whole, records, ENCODER, site="north")
+    trainer = PrivateTrainer(make_model(whole), whole, records, objective(whole), site="north")
     with pytest.raises(ConfigurationError, match=r"no privacy\.distributed"):
         trainer.integers(1)
 
@@ -170,7 +175,7 @@ def test_too_few_levels_for_the_model_are_found_before_training(
     job = shared_noise_job()
     monkeypatch.setattr("fedcmr_shared.privacy.mechanism._ARITHMETIC", 0.999)
     with pytest.raises(ConfigurationError, match=r"raise distributed\.levels"):
-        gradient_engine(make_model(job), job, ENCODER, torch.device("cpu"))
+        gradient_engine(make_model(job), job, objective(job))
 
 
 def test_training_lowers_the_loss_when_the_noise_allows(records: list[ScanRecord]) -> None:
@@ -182,7 +187,7 @@ def test_training_lowers_the_loss_when_the_noise_allows(records: list[ScanRecord
     items = [draw_sampling(load_image(record, 0, 0), job, generator) for record in records]
     loss = ReconstructionLoss(model, job, ENCODER, torch.device("cpu"))
     before = float(loss(items).mean().detach())
-    PrivateTrainer(model, job, records, ENCODER, site="north").run(0, 12)
+    PrivateTrainer(model, job, records, objective(job), site="north").run(0, 12)
     assert float(loss(items).mean().detach()) < 0.9 * before
 
 
@@ -211,4 +216,4 @@ def test_scans_too_small_for_the_sampling_count_as_zero(records: list[ScanRecord
 def test_a_job_without_privacy_is_refused(records: list[ScanRecord]) -> None:
     job = make_job().model_copy(update={"privacy": None})
     with pytest.raises(ConfigurationError, match="declares no privacy"):
-        PrivateTrainer(make_model(job), job, records, ENCODER, site="north")
+        PrivateTrainer(make_model(job), job, records, objective(job), site="north")

@@ -101,7 +101,7 @@ class TestSubmit:
             ({"site_sizes": {"elm": "large"}}, "site_sizes names elm, which is not on the roster"),
             ({"privacy": private(noise_multiplier=1e-9)}, "no epsilon bounds"),
             ({"privacy": private(delta=1e-13)}, "delta is 1e-13"),
-            ({"model": ModelSpec(name="cpgg")}, "cpgg, which sites cannot train yet: use cardiomm"),
+            ({"model": ModelSpec(name="cpgg")}, "psnr is none of cpgg's: use memorisation"),
         ],
     )
     def test_refusals(

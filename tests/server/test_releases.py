@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from job_parties import JOB, add_roster, carry, model_state, new_home
@@ -62,8 +63,11 @@ class Gate:
     def __init__(self, *, passes: bool) -> None:
         self._passes = passes
 
-    def check(self, job: JobSpec, bundle: Bundle) -> GateResult:
+    def check(
+        self, job: JobSpec, bundle: Bundle, events: Sequence[Mapping[str, Any]]
+    ) -> GateResult:
         assert bundle.spec == job.model
+        assert events[0]["event"] == "submit"
         return GateResult(gate="memorisation", passed=self._passes, text="0.3 of 1 allowed")
 
 

@@ -29,6 +29,7 @@ from fedcmr_server.words import (
     PHASES,
     ago,
     bytes_text,
+    outcomes_text,
     plural,
     seconds_text,
     utc,
@@ -274,12 +275,26 @@ def _totals(spec: JobSpec | None, history: History) -> tuple[Figure, ...]:
         Figure("sent by sites", bytes_text(up) if up else NOTHING, "all sites together"),
         Figure("sent to sites", bytes_text(down) if down else NOTHING, "all sites together"),
         Figure("mean round", mean, f"over {plural(len(seconds), 'round')}" if seconds else ""),
-        Figure(
-            "energy",
-            NOTHING if spec is None else f"≤ {spec.resources.energy_kwh:g} kWh",
-            "at each site, which stops there" if spec is not None else "",
-        ),
+        _energy(spec, history),
+        *_gate(history),
     )
+
+
+def _energy(spec: JobSpec | None, history: History) -> Figure:
+    used = [e.energy_kwh for e in history.evaluations if math.isfinite(e.energy_kwh)]
+    if used:
+        return Figure("energy", f"{used[-1]:.1f} kWh", "all sites together, rounded up")
+    if spec is None:
+        return Figure("energy", NOTHING)
+    return Figure(
+        "energy", f"≤ {spec.resources.energy_kwh:g} kWh", "at each site, which stops there"
+    )
+
+
+def _gate(history: History) -> Iterable[Figure]:
+    found = [each for each in history.evaluations if each.gate]
+    if found:
+        yield Figure("memorisation gate", outcomes_text(found[-1].gate), "sites, by outcome")
 
 
 def _facts(job: JobRow, spec: JobSpec | None) -> tuple[Figure, ...]:

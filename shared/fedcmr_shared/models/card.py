@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from typing import Annotated, Final, Literal, Self
@@ -100,6 +101,7 @@ class ModelCard(BaseModel):
 
     ``federation_sha256`` is the SHA-256 of the authority's certificate. ``job_sha256`` is the
     identity of ``job``, ``privacy`` what it costs a patient, recomputed by whoever verifies.
+    ``energy_kwh`` is what the sites' rounded terms add up to, where the job asks for them.
     """
 
     model_config = _FROZEN
@@ -115,6 +117,9 @@ class ModelCard(BaseModel):
     evaluation: tuple[Evaluation, ...]
     gates: Annotated[tuple[GateResult, ...], Field(max_length=100)]
     software: dict[str, str]
+    energy_kwh: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
     intended_use: Text
     limits: Annotated[tuple[Text, ...], Field(min_length=1, max_length=50)]
     created_at: AwareDatetime
@@ -169,24 +174,56 @@ def _check_evaluation(job: JobSpec, evaluation: tuple[Evaluation, ...]) -> None:
             raise ValueError(f"evaluation: round {found.round} has metrics that the job asks not")
 
 
-INTENDED_USE: Final = (
-    "Research on the reconstruction of undersampled cardiac MR images acquired as the job "
-    "describes. Not a medical device: no diagnosis or treatment may rest on its output."
+@dataclass(frozen=True)
+class Purpose:
+    """What models of a family are for, and what a card says against them."""
+
+    use: str
+    limits: tuple[str, ...]
+
+
+_PRIVACY_LIMIT: Final = (
+    "The privacy figure holds if each site ran the mechanism as its log says; it bounds this job "
+    "alone. What other jobs cost the same patients adds to it, and so do other hospitals that know "
+    "them."
+)
+_MEANS_LIMIT: Final = (
+    "Figures are means over the patients of all sites; how the model does at one site, on one "
+    "scanner or in one group of patients was not measured and may be far worse."
+)
+_SYNTHETIC: Final = (
+    "Research on methods that need many examples. Not a medical device: no diagnosis, treatment or "
+    "statement about a population may rest on what it draws, and everything that it draws is to be "
+    "marked as synthetic."
 )
 
-LIMITS: Final = tuple(
-    " ".join(sentence.split())
-    for sentence in """
-    Figures are means over the patients of all sites; how the model does at one site, on one scanner
-    or in one group of patients was not measured and may be far worse.
-
-    Reconstructions can look convincing and be wrong: small structures may be missing or made up.
-
-    The privacy figure holds if each site ran the mechanism as its log says; it bounds this job
-    alone. What other jobs cost the same patients adds to it, and so do other hospitals that know
-    them.
-    """.strip().split("\n\n")
+_INVENTED: Final = (
+    "Reconstructions can look convincing and be wrong: small structures may be missing or made up."
 )
+_IMPOSSIBLE: Final = (
+    "Hearts can look convincing and be impossible; rare diseases may be missing, and how well a "
+    "clip has the phenotypes that were asked for differs from one to the next."
+)
+_COPIES: Final = (
+    "That the sites' gates found no copies does not mean that there are none: a gate sees as many "
+    "samples as the site has validation patients, and only copies that its detector knows. The ε "
+    "does not cover what the gates let out."
+)
+_NOISY: Final = (
+    "Vectors follow the patients of the sites, as far as the noise left anything of them, and no "
+    "other population."
+)
+
+PURPOSES: Final[Mapping[str, Purpose]] = {
+    "cardiomm": Purpose(
+        "Research on the reconstruction of undersampled cardiac MR images acquired as the job "
+        "describes. Not a medical device: no diagnosis or treatment may rest on its output.",
+        (_MEANS_LIMIT, _INVENTED, _PRIVACY_LIMIT),
+    ),
+    "cpgg": Purpose(_SYNTHETIC, (_IMPOSSIBLE, _COPIES, _PRIVACY_LIMIT)),
+    "phenotype-vae": Purpose(_SYNTHETIC, (_NOISY, _PRIVACY_LIMIT)),
+}
+"""Purposes by the model's name; every model that sites train has one."""
 
 
 def software() -> dict[str, str]:

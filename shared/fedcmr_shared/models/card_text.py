@@ -88,6 +88,14 @@ def _sigma(phase: PhaseClaim) -> str:
 
 def _results(card: ModelCard) -> Iterator[str]:
     yield "## Results"
+    privacy = card.job.privacy
+    if privacy is not None and privacy.evaluation.memorisation:
+        yield (
+            "After the last round each site searched samples of the model for copies of its "
+            "patients. Only the number of sites whose gate passed left, as a sum without noise: no "
+            "ε covers it. What the gates found stands under Gates."
+        )
+        return
     if not card.evaluation:
         yield "The model was not evaluated at the sites."
         return

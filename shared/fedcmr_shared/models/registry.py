@@ -14,7 +14,8 @@ from torch import nn
 from fedcmr_shared.errors import ModelError
 from fedcmr_shared.models import cardiomm, cpgg, phenotype_vae
 from fedcmr_shared.models.lora import add_lora
-from fedcmr_shared.schemas.job import ModelSpec, Part
+from fedcmr_shared.schemas.job import JobSpec, ModelSpec, Part
+from fedcmr_shared.schemas.privacy import Metric
 from fedcmr_shared.text.encoders import TEXT_WIDTHS
 
 
@@ -24,8 +25,7 @@ class ModelEntry:
 
     ``parts`` tells of each part that a job can train which parameter names belong to it; `full` is
     everything that may be trained at all. Part `lora` trains low-rank updates of the layers that
-    ``updated`` names, in all models, and is not listed. Sites refuse what is not
-    ``trained_at_sites``.
+    ``updated`` names, in all models, and is not listed. ``scores`` are what sites can evaluate.
     """
 
     description: str
@@ -34,7 +34,24 @@ class ModelEntry:
     build: Callable[[ModelSpec], nn.Module]
     parts: Mapping[Part, Callable[[str], bool]]
     updated: Callable[[str], bool] = lambda name: True
-    trained_at_sites: bool = False
+    scores: tuple[Metric, ...] = ()
+
+    def scoring_problem(self, job: JobSpec) -> str | None:
+        """Say what is wrong with how ``job`` evaluates this family; None when nothing is."""
+        if job.privacy is None:
+            return None
+        if not job.evaluated_rounds():
+            if "memorisation" not in self.scores:
+                return None
+            return (
+                f"privacy.evaluation: {job.model.name} can be released only when the sites' gates "
+                "find no copies of patients: write rounds last and metrics [memorisation]"
+            )
+        foreign = [name for name in job.privacy.evaluation.metrics if name not in self.scores]
+        if not foreign:
+            return None
+        known = f"use {', '.join(self.scores)}" if self.scores else "write rounds none"
+        return f"privacy.evaluation.metrics: {foreign[0]} is none of {job.model.name}'s: {known}"
 
 
 def _cardiomm(spec: ModelSpec) -> nn.Module:
@@ -91,7 +108,7 @@ _MODELS: Final[dict[str, ModelEntry]] = {
         variants=get_args(cardiomm.Variant),
         build=_cardiomm,
         parts=_CARDIOMM_PARTS,
-        trained_at_sites=True,
+        scores=("psnr", "ssim", "nmse"),
     ),
     "cpgg": ModelEntry(
         description="cine clips from phenotypes: frozen autoencoder, masked generator (2505.03426)",
@@ -103,6 +120,7 @@ _MODELS: Final[dict[str, ModelEntry]] = {
             r"^generator\.condition$",
             r"^generator\..*\.(attention|attention_out|modulation)$",
         ),
+        scores=("memorisation",),
     ),
     "phenotype-vae": ModelEntry(
         description="vectors of phenotypes for cpgg (arXiv 2505.03426)",

@@ -16,6 +16,10 @@ of all totals moves by at most sqrt(m · k) in the Euclidean norm, with k = 2, o
 Gaussian noise of standard deviation sigma · sqrt(m · k) on every coordinate makes the release a
 Gaussian mechanism of noise multiplier sigma with sampling rate 1. A metric that a site does not
 let out is zero for all its patients, which moves the vector by less.
+
+The outcome of a generator's memorisation gate leaves by the same way, as three numbers of which one
+is 1: ``memorisation/passed``, ``memorisation/failed``, ``memorisation/undecided``. Their sums have no
+noise and no epsilon, which every claim says.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, get_args
 
 import numpy as np
 import torch
@@ -31,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedcmr_shared.errors import ConfigurationError
+from fedcmr_shared.metrics.memorisation import Outcome
 from fedcmr_shared.privacy.noise import gaussian
 from fedcmr_shared.schemas.job import SIZE_CLASS_WEIGHTS, JobSpec
 from fedcmr_shared.schemas.privacy import EvaluationSpec
@@ -46,6 +51,9 @@ UNPROTECTED: Final = EvaluationSpec(
     noise_multiplier=None, rounds="all", metrics=("psnr", "ssim", "nmse")
 )
 """What a simulated job without privacy evaluates."""
+
+ENERGY: Final = "energy/kwh"
+"""Name of the total of the energy that a job took, each site's term rounded up."""
 
 _ROOM: Final = 10.0  # for sites with more patients than the job declares
 _NOISE_DEVIATIONS: Final = 8.0
@@ -69,11 +77,14 @@ def totals_layout(job: JobSpec) -> dict[str, tuple[int, float]]:
         ConfigurationError: a metric is named twice.
     """
     spec = UNPROTECTED if job.privacy is None else job.privacy.evaluation
+    energy = {ENERGY: (1, job.resources.energy_kwh)} if spec.energy_total else {}
+    if spec.memorisation:
+        return dict.fromkeys(outcome_totals("passed"), (1, 1.0)) | energy
     noise = (spec.noise_multiplier or 0.0) * sensitivity(len(spec.metrics), spec.histogram_bins)
     patients = spec.cohort_size * max(SIZE_CLASS_WEIGHTS.values())
     bound = _ROOM * patients + _NOISE_DEVIATIONS * noise
     lengths = _lengths(spec.metrics, spec.histogram_bins)
-    return {name: (length, bound) for name, length in lengths.items()}
+    return {name: (length, bound) for name, length in lengths.items()} | energy
 
 
 def sensitivity(metrics: int, histogram_bins: int) -> float:
@@ -107,6 +118,37 @@ def noisy_totals(
         for total in totals.values():
             total += deviation * gaussian(len(total))
     return {name: torch.from_numpy(total) for name, total in totals.items()}
+
+
+def energy_kwh(totals: Mapping[str, Tensor]) -> float | None:
+    """Return the energy that all sites' terms add up to in kWh; None when nobody asked."""
+    total = totals.get(ENERGY)
+    return None if total is None else round(float(total), 1)
+
+
+def outcome_totals(outcome: Outcome) -> dict[str, Tensor]:
+    """Return one site's totals for the outcome of its memorisation gate, without noise."""
+    return {
+        f"memorisation/{each}": torch.tensor([float(each == outcome)], dtype=torch.float64)
+        for each in get_args(Outcome)
+    }
+
+
+def outcomes(totals: Mapping[str, Tensor]) -> dict[Outcome, int]:
+    """Return how many sites came to each outcome; empty when the totals are none of a gate.
+
+    Raises:
+        ConfigurationError: the totals of the gate are not complete.
+    """
+    if not any(name.startswith("memorisation/") for name in totals):
+        return {}
+    found: dict[Outcome, int] = {}
+    for outcome in get_args(Outcome):
+        total = totals.get(f"memorisation/{outcome}")
+        if total is None or total.numel() != 1:
+            raise ConfigurationError(f"the totals have no single memorisation/{outcome}")
+        found[outcome] = round(float(total))
+    return found
 
 
 def mean_scores(totals: Mapping[str, Tensor]) -> dict[str, float]:
@@ -174,7 +216,8 @@ def _scaled(per_patient: Sequence[Mapping[str, float]], metric: str) -> list[flo
 
 
 def _metrics_of(totals: Mapping[str, Tensor]) -> list[str]:
-    metrics = list(dict.fromkeys(name.partition("/")[0] for name in totals))
+    scores = (name for name in totals if name != ENERGY)
+    metrics = list(dict.fromkeys(name.partition("/")[0] for name in scores))
     for metric in metrics:
         _require_known(metric)
         for kind in ("sum", "patients"):

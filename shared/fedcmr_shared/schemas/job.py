@@ -288,6 +288,11 @@ class JobSpec(BaseModel):
             raise ValueError("training.part lora and model.lora_rank > 0 belong together")
         if self.aggregation != "plain_with_local_dp":
             self._check_secure()
+        elif self.privacy is not None and self.privacy.evaluation.energy_total:
+            raise ValueError(
+                "privacy.evaluation.energy_total needs a secure sum: a site's own energy tells how "
+                "many patients it has"
+            )
         if self.privacy is not None and self.privacy.distributed is not None:
             self._check_distributed(self.privacy)
         return self

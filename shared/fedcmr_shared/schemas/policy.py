@@ -161,12 +161,31 @@ class EvaluationPolicy(BaseModel):
 
     metrics: tuple[Metric, ...] = Field(
         default=("psnr", "ssim", "nmse"),
-        description="Scores that may leave the site, as sums over its patients; empty for none.",
+        description="Scores that may leave the site, as sums over its patients; empty for none. "
+        "Generators need memorisation: one bit, whether the site's gate found copies of patients, "
+        "which leaves without noise inside a secure sum only.",
     )
     allow_unnoised: Flag = Field(
         default=False,
         description="Let these sums leave without noise when a job asks for it, inside a secure "
         "sum only. They then have no epsilon, and every claim about the job says so.",
+    )
+
+
+class EnergyPolicy(BaseModel):
+    """How this site measures the energy of jobs; the figures are its own."""
+
+    model_config = _STRICT
+
+    country: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = Field(
+        description="Country of the grid, in three letters of ISO 3166 such as DEU: emissions per "
+        "kWh follow from it."
+    )
+    pue: Annotated[Real, Field(ge=1)] = Field(
+        default=1.0, description="Energy of the whole machine room per energy of its machines."
+    )
+    watts_per_thread: Annotated[Real, Field(gt=0)] = Field(
+        default=4.0, description="Power of one busy thread in watts, for a second estimate."
     )
 
 
@@ -260,6 +279,11 @@ class SitePolicy(BaseModel):
     evaluation: EvaluationPolicy = Field(
         default=EvaluationPolicy(),
         description="How scores on this site's held-out patients may leave.",
+    )
+    energy: EnergyPolicy | None = Field(
+        default=None,
+        description="How energy is measured; null for not at all. Figures stay in the site's own "
+        "report, `fedcmr site energy`.",
     )
     reply_tick_s: Annotated[Real, Field(gt=0, le=3600)] = Field(
         default=60.0,

@@ -7,15 +7,16 @@ weights come from a coarse cohort size that the job declares, never from a site'
 from __future__ import annotations
 
 import math
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 Engine = Literal["backward", "hooks", "functorch"]
 Clipping = Literal["flat", "per-layer"]
-Metric = Literal["psnr", "ssim", "nmse"]
+Metric = Literal["psnr", "ssim", "nmse", "memorisation"]
+"""Scores of held-out patients, or the outcome of a generator's memorisation gate."""
 
 
 def _coarse(value: int) -> int:
@@ -38,6 +39,9 @@ class EvaluationSpec(BaseModel):
     :data:`fedcmr_shared.privacy.evaluation.SCORE_RANGES`, then totalled and noised
     (:func:`fedcmr_shared.privacy.evaluation.noisy_totals`). With ``noise_multiplier`` null the
     totals leave without noise, which a site's policy must allow and the job's claim says in words.
+
+    *memorisation* asks for something else: each site searches the last model's samples for copies
+    of its patients, and of the outcome only one bit leaves, in a secure sum and without noise.
     """
 
     model_config = _FROZEN
@@ -50,7 +54,9 @@ class EvaluationSpec(BaseModel):
         default="last", description="after which rounds the sites score the model"
     )
     metrics: Annotated[tuple[Metric, ...], Field(min_length=1)] = Field(
-        default=("psnr",), description="scores of each held-out patient"
+        default=("psnr",),
+        description="scores of each held-out patient; for a generator memorisation, alone, with "
+        "noise_multiplier null and rounds last",
     )
     cohort_size: Annotated[int, Field(ge=1), AfterValidator(_coarse)] = Field(
         default=100,
@@ -60,6 +66,28 @@ class EvaluationSpec(BaseModel):
     histogram_bins: Annotated[int, Field(ge=0, le=50), AfterValidator(_some_bins)] = Field(
         default=0, description="bins of a histogram of each metric over patients; 0 for none"
     )
+
+    energy_total: bool = Field(
+        default=False,
+        exclude_if=lambda asked: asked is False,  # jobs of before keep their identity
+        description="let each site add the energy that the job took, rounded up, to the sum of all "
+        "sites; not where each site's figures are seen by themselves",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        plain = (self.noise_multiplier, self.rounds, self.histogram_bins) == (None, "last", 0)
+        if "memorisation" in self.metrics and not (len(self.metrics) == 1 and plain):
+            raise ValueError(
+                "metrics memorisation is one bit after the last round: write it alone, with "
+                "noise_multiplier null, rounds last and histogram_bins 0"
+            )
+        return self
+
+    @property
+    def memorisation(self) -> bool:
+        """Whether the sites run the memorisation gate instead of scoring patients."""
+        return self.metrics == ("memorisation",)
 
 
 LEAST_SHARE: Final = 16.0

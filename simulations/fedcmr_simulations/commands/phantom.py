@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 @click.option("--seed", default=0, type=click.IntRange(0), help="Same seed, same samples.")
 @click.option(
     "--detail",
-    type=click.Choice(["small", "quick", "standard"]),
+    type=click.Choice(["small", "clip", "quick", "standard"]),
     default="quick",
-    help="One tiny image per patient, a few, or clinical size (1 to 2 GB per cine scan).",
+    help="One tiny image per patient, one beating slice, a few images, or clinical size (1 to 2 GB "
+    "per cine scan).",
 )
 @click.option("--external", is_flag=True, help="Simulate the hospitals that training never sees.")
 @json_option

@@ -33,9 +33,12 @@ Modality = Literal[
     "T1 weighted",
     "T2 weighted",
 ]
-Detail = Literal["small", "quick", "standard"]
+Detail = Literal["small", "clip", "quick", "standard"]
 MODALITIES: Final[tuple[Modality, ...]] = get_args(Modality)
 DETAILS: Final[tuple[Detail, ...]] = get_args(Detail)
+
+CLIP_FRAMES: Final = 12
+"""Frames of a cine that shows one slice over the whole beat."""
 
 _DIASTOLE: Final = 0.78  # static sequences are triggered into the rest before the atria contract
 _SATURATION_MS: Final = 110.0
@@ -83,7 +86,7 @@ def protocol(modality: Modality, detail: Detail, field_strength_t: float) -> Pro
         raise ConfigurationError(f"modality {modality!r} is not simulated; use {known}")
     quick = detail != "standard"
     if modality == "cine":
-        return _cine(4 if quick else 25, field_strength_t)
+        return _cine({"clip": CLIP_FRAMES, "standard": 25}.get(detail, 4), field_strength_t)
     if modality == "T1 mapping":
         times = (120.0, 400.0, 1100.0, 2800.0)
         more = (120.0, 200.0, 280.0, 1000.0, 1080.0, 1160.0, 1900.0, 2800.0)

@@ -1,0 +1,65 @@
+"""Tests that a model must pass before it leaves the coordinator.
+
+A gate looks at what the job left behind: its model and its events. It never sees a site's data; the
+memorisation gate counts what the sites' own gates said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
+
+from fedcmr_server.words import outcomes_text, plural
+from fedcmr_shared.models.bundle import Bundle
+from fedcmr_shared.models.card import GateResult
+from fedcmr_shared.schemas.job import JobSpec
+
+Events = Sequence[Mapping[str, Any]]
+"""What happened to a job, the oldest first; see :mod:`fedcmr_server.store.events`."""
+
+
+class ReleaseGate(Protocol):
+    """A test that a model must pass before it leaves, such as that it repeats no patient."""
+
+    def check(self, job: JobSpec, bundle: Bundle, events: Events) -> GateResult:
+        """Return what the gate found; FedcmrError when it could not be run."""
+
+
+class MemorisationGate:
+    """Passes when the gate of every site passed on the job's last model.
+
+    A site that could not decide, with fewer than 60 validation patients, refuses as one does that
+    found copies; so does a sum that could not be opened, or one over too few sites.
+    """
+
+    def check(self, job: JobSpec, bundle: Bundle, events: Events) -> GateResult:
+        """See :class:`ReleaseGate`."""
+        found = [
+            event
+            for event in events
+            if event["event"] == "evaluation"
+            and event.get("round") == job.rounds
+            and not event.get("closed")
+            and isinstance(event.get("memorisation"), dict)
+        ]
+        if not found:
+            return _result(False, "the sites' gates were not opened after the last round")
+        counts, sites = found[-1]["memorisation"], found[-1]["sites"]
+        passed = counts.get("passed", 0)
+        if sites < job.minimum_sites:
+            text = f"{plural(sites, 'site')} answered; the job asks for {job.minimum_sites}"
+            return _result(False, text)
+        text = f"of {plural(sites, 'site')}: {outcomes_text(counts)}; epsilon does not cover this"
+        return _result(passed == sites, text)
+
+
+GATES: Final[Mapping[str, Sequence[ReleaseGate]]] = {
+    "cardiomm": (),
+    "cpgg": (MemorisationGate(),),
+    "phenotype-vae": (),
+}
+"""Gates by the model's name. A model that is not here cannot be released."""
+
+
+def _result(passed: bool, text: str) -> GateResult:
+    return GateResult(gate="memorisation", passed=passed, text=text)

@@ -1,0 +1,377 @@
+"""Generators at a site: what is trained, what is kept of the patients, and what the gate lets out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedcmr_client import copy_gate
+from fedcmr_client.agent import SiteAgent
+from fedcmr_client.cine import Heart, cine_of, heart_cycles, read_heart
+from fedcmr_client.copy_gate import TRIES, CopyGate
+from fedcmr_client.dataset import Cohort
+from fedcmr_client.latents import LatentCache
+from fedcmr_client.objectives import training_objective
+from fedcmr_client.private_trainer import gradient_engine
+from fedcmr_client.site_home import SiteHome
+from fedcmr_client.store.site_store import ScanRecord, SiteStore
+from fedcmr_client.store.split import SplitFractions
+from fedcmr_shared.errors import DataError, JobRefused, LedgerError
+from fedcmr_shared.federation.messages import Task
+from fedcmr_shared.models.clips import ClipGrid, clip_grid
+from fedcmr_shared.models.cpgg import CONFIGS, CPGG
+from fedcmr_shared.models.registry import build_model
+from fedcmr_shared.privacy.evaluation import outcome_totals, outcomes
+from fedcmr_shared.privacy.mechanism import Mechanism
+from fedcmr_shared.privacy.parts import trainable_names
+from fedcmr_shared.schemas.job import JobSpec, ModelSpec, Part, TrainingSpec
+from fedcmr_shared.schemas.privacy import EvaluationSpec, PrivacySpec
+from fedcmr_simulations.centres import TRAINING_CENTRES, simulate_centre
+
+GATE = EvaluationSpec(noise_multiplier=None, metrics=("memorisation",))
+JOB = JobSpec(
+    name="hearts",
+    rounds=2,
+    model=ModelSpec(name="cpgg"),
+    training=TrainingSpec(part="prompts", local_steps=1, optimiser="sgd", warmup_steps=0),
+    privacy=PrivacySpec(
+        cohort_size=10,
+        sampling_rate=0.9,
+        noise_multiplier=4.0,
+        clip_norm=0.5,
+        augmentations=2,
+        spare_rounds=4,
+        evaluation=GATE,
+    ),
+)
+VECTORS = JOB.model_copy(
+    update={
+        "name": "vectors",
+        "model": ModelSpec(name="phenotype-vae"),
+        "training": JOB.training.model_copy(update={"part": "full"}),
+        "privacy": JOB.privacy.model_copy(update={"evaluation": EvaluationSpec(rounds="none")}),
+    }
+)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six patients of a virtual hospital, each with one beating slice."""
+    root = tmp_path_factory.mktemp("clips") / "alder"
+    halves = SplitFractions(0.5, 0.5, 0.0)
+    simulate_centre(root, TRAINING_CENTRES[0], 6, 3, "clip", split=halves).close()
+    return root
+
+
+@pytest.fixture
+def home(clips: Path, make_home: Callable[..., SiteHome]) -> SiteHome:
+    return open_home(clips, make_home)
+
+
+def open_home(store: Path, make_home: Callable[..., SiteHome], **changes: Any) -> SiteHome:
+    rules: dict[str, Any] = {
+        "models": ["cpgg", "phenotype-vae"],
+        "aggregation": ["secure_sum"],
+        "minimum_sites": 3,
+        "max_epsilon_per_job": 100.0,
+        "budget": {"epsilon": 100.0},
+        "evaluation": {"metrics": ["memorisation"]},
+        "roster": str(store / "roster.yaml"),
+    }
+    return make_home(store, **(rules | changes))
+
+
+def task(job: JobSpec = JOB, number: int = 1) -> Task:
+    torch.manual_seed(job.seed)
+    return Task(job, number, build_model(job.model).state_dict())
+
+
+def records(store: Path, part: Any = "train") -> list[ScanRecord]:
+    with SiteStore.open(store) as opened:
+        return opened.scans(part)
+
+
+def kept(home: SiteHome) -> list[Path]:
+    folder = home.policy.ledger.folder / "latents"
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+# What a patient is
+
+
+def test_a_heart_is_a_clip_and_the_phenotypes_of_the_report(clips: Path) -> None:
+    grid = clip_grid(CONFIGS["tiny"])
+    scan = records(clips)[0]
+    heart = read_heart([scan], grid)
+    assert heart.clip.shape == (grid.frames, grid.rows, grid.columns)
+    assert np.abs(heart.clip).max() <= 1
+    assert np.ptp(heart.clip) > 1.5
+    vector = heart.vector(("LVEDV", "LAV max", "LVEF"))
+    assert vector[0] > 50
+    assert np.isnan(vector[1])
+    assert 5 < vector[2] < 90
+
+
+def test_frames_lie_where_their_times_say(clips: Path) -> None:
+    metadata = records(clips)[0].metadata
+    cycles = heart_cycles(metadata)
+    np.testing.assert_allclose(cycles, np.arange(12) / 12, atol=1e-9)
+    untimed = metadata.model_copy(update={"frame_times_ms": None})
+    assert heart_cycles(untimed) == [frame / 12 for frame in range(12)]
+
+
+def test_a_patient_without_a_cine_is_told_so(clips: Path) -> None:
+    scan = records(clips)[0]
+    for change in ({"modality": "LGE"}, {"view": "4-chamber"}, {"pixel_spacing_mm": None}):
+        metadata = scan.metadata.model_copy(update=change)
+        other = ScanRecord(
+            scan.scan_id, scan.patient, scan.path, metadata, "train", scan.digest, scan.has_truth
+        )
+        with pytest.raises(DataError, match="no short-axis cine"):
+            cine_of([other])
+        assert cine_of([other, scan]) is scan
+
+
+# Training
+
+
+def test_a_round_moves_the_jobs_part_alone(home: SiteHome) -> None:
+    asked = task()
+    update = SiteAgent(home).noised_update(asked)
+    assert sorted(update.delta) == trainable_names(JOB.model, build_model(JOB.model), "prompts")
+    assert any(bool(delta.abs().sum() > 0) for delta in update.delta.values())
+    assert update.loss is None
+
+
+def test_phenotypes_are_trained_by_the_same_way(home: SiteHome) -> None:
+    update = SiteAgent(home).noised_update(task(VECTORS))
+    assert sorted(update.delta) == trainable_names(
+        VECTORS.model, build_model(VECTORS.model), "full"
+    )
+    assert kept(home) == []
+
+
+@pytest.mark.parametrize("part", ["prompts", "adapters", "decoder", "lora"])
+def test_a_patient_moves_the_sum_by_the_clip_norm_at_most(part: Part, home: SiteHome) -> None:
+    rank = 2 if part == "lora" else 0
+    job = JOB.model_copy(
+        update={
+            "model": ModelSpec(name="cpgg", lora_rank=rank),
+            "training": JOB.training.model_copy(update={"part": part}),
+        }
+    )
+    model = build_model(job.model)
+    objective = training_objective(model, job, home, "cpu")
+    engine = gradient_engine(model, job, objective)
+    cohort = Cohort(records(home.policy.store))
+    examples = [
+        objective.draw(cohort, patient, np.random.default_rng(0)) for patient in cohort.patients
+    ]
+    mechanism = Mechanism(1e-4, 1.0, 1.0)
+    total = engine.clipped_sum(examples, mechanism)
+    assert total.clipped == total.patients == 3
+    for gone in range(3):
+        others = examples[:gone] + examples[gone + 1 :]
+        move = (total.vector - engine.clipped_sum(others, mechanism).vector).norm()
+        assert float(move) == pytest.approx(1e-4, rel=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["hooks", "functorch"])
+def test_batched_engines_are_exact_or_refused(engine: str, home: SiteHome) -> None:
+    """Whichever it is follows from the network alone, before any data."""
+    assert JOB.privacy is not None
+    job = JOB.model_copy(update={"privacy": JOB.privacy.model_copy(update={"engine": engine})})
+    try:
+        update = SiteAgent(home).noised_update(task(job))
+    except JobRefused as refusal:
+        assert refusal.code == "engine"
+        assert kept(home) == []
+    else:
+        assert sorted(update.delta) == trainable_names(JOB.model, build_model(JOB.model), "prompts")
+
+
+# What is kept of patients
+
+
+def test_latents_are_sealed_and_read_again(home: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = SiteAgent(home)
+    cache, scans = home.latents(JOB), records(home.policy.store)
+    model = build_model(JOB.model)
+    objective = training_objective(model, JOB, home, "cpu")
+    cohort, patient = Cohort(scans), scans[0].patient
+    objective.draw(cohort, patient, np.random.default_rng(0))
+    (path,) = kept(home)
+    assert path.name.startswith(f"{patient}-")
+    assert path.stat().st_mode & 0o077 == 0
+    content = path.read_bytes()
+    assert b"log_variance" not in content  # as a plain file of tensors would say
+    monkeypatch.setattr("fedcmr_client.objectives.generation.read_heart", None)
+    objective.draw(cohort, patient, np.random.default_rng(1))  # without opening the scan
+    stranger = LatentCache(cache.folder, cache.job, bytes(32))
+    with pytest.raises(LedgerError, match="it is computed again"):
+        stranger.latents(patient, scans[:1], objective._autoencoder_sha256, lambda: None)
+    monkeypatch.undo()
+    site.noised_update(task())
+    assert len(kept(home)) <= 3
+
+
+def test_another_scan_or_autoencoder_means_other_latents(home: SiteHome) -> None:
+    torch.manual_seed(1)
+    models = [build_model(JOB.model) for _ in range(2)]
+    cohort = Cohort(records(home.policy.store))
+    for model in models:
+        objective = training_objective(model, JOB, home, "cpu")
+        objective.draw(cohort, cohort.patients[0], np.random.default_rng(0))
+    assert len(kept(home)) == 2
+
+
+def test_latents_go_with_the_job_and_with_the_patient(
+    clips: Path, tmp_path: Path, make_home: Callable[..., SiteHome]
+) -> None:
+    store = tmp_path / "sites" / "alder"
+    shutil.copytree(clips, store)
+    home = open_home(store, make_home)
+    site = SiteAgent(home)
+    given_up = LatentCache(home.policy.ledger.folder / "latents", "0" * 64, bytes(32))
+    left = given_up.folder / given_up.job / "p-somebody-0.latents"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of a job that never ended")
+    assert JOB.privacy is not None
+    everybody = JOB.model_copy(
+        update={"privacy": JOB.privacy.model_copy(update={"sampling_rate": 1.0})}
+    )
+    site.noised_update(task(everybody))
+    assert not left.exists()
+    assert len(kept(home)) == 3
+    patient = records(store)[0].patient
+    with SiteStore.open(store) as opened, closing(home.open_ledger()) as ledger:
+        ledger.withdraw(patient)
+        opened.withdraw(patient)
+    site.noised_update(task(everybody, 2))
+    assert len(kept(home)) == 2
+    assert not any(path.name.startswith(patient) for path in kept(home))
+    site.noised_scores(task(everybody, 2))
+    assert kept(home) == []
+    assert not home.latents(everybody).folder.joinpath(everybody.sha256).exists()
+
+
+# The gate
+
+
+def test_too_few_patients_cannot_decide_and_say_nothing_else(home: SiteHome) -> None:
+    scores = SiteAgent(home).noised_scores(task(number=2))
+    assert outcomes(scores.totals) == {"passed": 0, "failed": 0, "undecided": 1}
+    assert scores.totals.keys() == outcome_totals("passed").keys()
+
+
+def test_the_site_must_list_the_gate(clips: Path, make_home: Callable[..., SiteHome]) -> None:
+    home = open_home(clips, make_home, evaluation={"metrics": ["psnr"], "allow_unnoised": True})
+    with pytest.raises(JobRefused, match="does not list it") as refused:
+        SiteAgent(home).noised_scores(task(number=2))
+    assert refused.value.code == "evaluation-noise"
+
+
+def test_one_sites_outcome_never_leaves_by_itself(
+    clips: Path, make_home: Callable[..., SiteHome]
+) -> None:
+    home = open_home(clips, make_home, aggregation=["plain_with_local_dp"], minimum_sites=1)
+    job = JOB.model_copy(update={"aggregation": "plain_with_local_dp"})
+    with pytest.raises(JobRefused, match="needs secure aggregation") as refused:
+        SiteAgent(home).evaluate(task(job, 2))
+    assert refused.value.code == "evaluation-noise"
+
+
+def test_a_generator_cannot_be_scored_like_a_reconstructor(home: SiteHome) -> None:
+    assert JOB.privacy is not None
+    scored = JOB.privacy.model_copy(update={"evaluation": EvaluationSpec()})
+    job = JOB.model_copy(update={"privacy": scored})
+    with pytest.raises(JobRefused, match="psnr is none of cpgg's") as refused:
+        SiteAgent(home).noised_update(task(job))
+    assert refused.value.code == "model"
+
+
+def test_the_gate_starts_three_times_at_most(
+    home: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = SiteAgent(home)
+
+    def crash(*_: object) -> None:
+        raise LedgerError("the disk is gone")
+
+    monkeypatch.setattr(CopyGate, "outcome", crash)
+    for _ in range(TRIES):
+        with pytest.raises(LedgerError):
+            site.noised_scores(task(number=2))
+    with pytest.raises(JobRefused, match="3 times") as refused:
+        site.noised_scores(task(number=2))
+    assert refused.value.code == "declined"
+    monkeypatch.undo()
+    with pytest.raises(JobRefused, match="3 times"):
+        site.noised_scores(task(number=2))
+
+
+class Copier(CPGG):
+    """Draws the clips that it is given, one after another."""
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__(CONFIGS["tiny"])
+        self._source, self._next = source, 0
+
+    def sample(self, phenotypes: Tensor, *_: object) -> Tensor:
+        self._next += len(phenotypes)
+        return self._source[self._next - len(phenotypes) : self._next]
+
+
+def rings(count: int, grid: ClipGrid, seed: int) -> Tensor:
+    """Beating rings, no two alike: size, place, beat, brightness."""
+    random = torch.Generator().manual_seed(seed)
+    draws = torch.rand(count, 8, generator=random)
+    y, x = torch.meshgrid(
+        torch.linspace(-1, 1, grid.rows), torch.linspace(-1, 1, grid.columns), indexing="ij"
+    )
+    beat = torch.sin(torch.pi * torch.arange(grid.frames) / grid.frames) ** 2
+    clips = []
+    for size, up, left, depth, wall, tilt, shade, second in draws.tolist():
+        place = (y + 0.5 * up - 0.25) ** 2 * (1 + tilt) + (x + 0.5 * left - 0.25) ** 2
+        radius = (0.2 + 0.4 * size) * (1 - (0.1 + 0.4 * depth) * beat)[:, None, None]
+        distance = place.sqrt()
+        ring = torch.sigmoid(30 * (radius - distance)) - 0.6 * torch.sigmoid(
+            30 * (radius + 0.1 + 0.2 * wall - distance)
+        )
+        blob = torch.exp(-((y - second) ** 2 + (x - 0.7) ** 2) * 20) * shade
+        clips.append((ring + blob + 0.6).clamp(0, 1) * 2 - 1)
+    return torch.stack(clips)[:, None]
+
+
+@pytest.mark.parametrize(("copying", "expected"), [(True, "failed"), (False, "passed")])
+def test_copies_fail_the_gate_and_new_hearts_pass(
+    copying: bool, expected: str, home: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = clip_grid(CONFIGS["tiny"])
+    known, others, fresh = (rings(60, grid, seed) for seed in (1, 2, 3))
+    hearts = {f"p-{part}{n:02d}": c[0].numpy() for part, cs in (("a", known), ("b", others))
+              for n, c in enumerate(cs)}  # fmt: skip
+
+    def heart(scans: Sequence[ScanRecord], _: ClipGrid) -> Heart:
+        return Heart(hearts[scans[0].patient], {"LVEF": 60.0})
+
+    monkeypatch.setattr(copy_gate, "read_heart", heart)
+    scan = records(home.policy.store)[0]
+    training, validation = (
+        [
+            ScanRecord(name, name, Path(), scan.metadata, "train", "", False)
+            for name in hearts
+            if name.startswith(f"p-{part}")
+        ]
+        for part in "ab"
+    )
+    model = Copier(known if copying else fresh)
+    assert CopyGate(model, "tiny").outcome(training, validation) == expected
