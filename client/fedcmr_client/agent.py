@@ -31,6 +31,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from fedcmr_client.copy_gate import TRIES, CopyGate
+from fedcmr_client.energy import EnergyLog, EnergySettings, rounded_total
+from fedcmr_client.energy_meter import metered
 from fedcmr_client.gate import examine, require
 from fedcmr_client.job_records import job_records
 from fedcmr_client.ledger import Ledger
@@ -48,7 +50,7 @@ from fedcmr_shared.errors import ConfigurationError, JobRefused
 from fedcmr_shared.federation.messages import Scores, Task, Update
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.cpgg import CPGG
-from fedcmr_shared.privacy.evaluation import noisy_totals, outcome_totals
+from fedcmr_shared.privacy.evaluation import energy_totals, noisy_totals, outcome_totals
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
 from fedcmr_shared.schemas.privacy import Metric, PrivacySpec
@@ -150,6 +152,7 @@ class SiteAgent:
                 model = _exact_model(task)
                 usage = Usage(self.home.policy, ledger.place.folder)
                 usage.require_left(job)
+                energy = EnergySettings.of(self.home.policy)
                 records = self._admitted_records(ledger, job, phase)
                 _require_try(ledger, job, phase)
                 self._tidy_latents(ledger, job, phase)
@@ -159,7 +162,8 @@ class SiteAgent:
                 raise
             started = time.monotonic()
             try:
-                result = work(task, model, records)
+                with metered(energy, self._energy_log, job.sha256):
+                    result = work(task, model, records)
             finally:
                 usage.add(job, time.monotonic() - started)
             ledger.store(job.sha256, phase, task.round, attempt, pack(result))
@@ -218,18 +222,34 @@ class SiteAgent:
         privacy = _privacy(job)
         if privacy.evaluation.memorisation:
             totals = self._search_copies(job, model, records)
-            return Scores(self.name, task.round, state_sha256(task.state), totals)
+        else:
+            totals = self._scores(task, records)
+        if privacy.evaluation.energy_total:
+            totals |= energy_totals(self._energy_term(task))
+        return Scores(self.name, task.round, state_sha256(task.state), totals)
+
+    def _scores(self, task: Task, records: list[ScanRecord]) -> dict[str, Tensor]:
+        job, spec = task.job, _privacy(task.job).evaluation
         device = torch.device(self.home.policy.device)
         scores = patient_scores(reconstructor(task), job, records, load_encoder(job), device)
-        spec = privacy.evaluation
-        totals = noisy_totals(
+        return noisy_totals(
             list(scores.values()),
             spec.metrics,
             spec.noise_multiplier,
             spec.histogram_bins,
-            self._metrics(privacy),
+            self._metrics(_privacy(job)),
         )
-        return Scores(self.name, task.round, state_sha256(task.state), totals)
+
+    @property
+    def _energy_log(self) -> EnergyLog:
+        return EnergyLog.beside(self.home.policy.ledger.folder)
+
+    def _energy_term(self, task: Task) -> float:
+        """Return what may leave of the energy so far in kWh; once, or differences would tell more."""
+        settings = self.home.policy.energy
+        if settings is None or not settings.report_total or task.round != task.job.rounds:
+            return 0.0
+        return rounded_total(self._energy_log.read(task.job.sha256).kwh)
 
     def _tidy_latents(self, ledger: Ledger, job: JobSpec, phase: Phase) -> None:
         """Erase latents of jobs that have ended, and of patients who left this one."""

@@ -13,32 +13,30 @@ the image, not those of the patient, and say so.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import nibabel
 import numpy as np
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage
+from pydicom.dataset import Dataset
 
+from fedcmr_client.image_files import (
+    NOTICE,
+    ORIENTATION_NOTE,
+    Grey,
+    appears_whole,
+    check_free,
+    decimal,
+    files_in,
+    mr_image,
+    save_nifti,
+    uid,
+)
 from fedcmr_client.reconstruction import RESIDUAL_DEFINITION, ReconstructedScan
 from fedcmr_shared import __version__
-from fedcmr_shared.errors import ConfigurationError, DataError
 from fedcmr_shared.schemas.acquisition import AcquisitionMetadata
 
-NOTICE: Final = "RESEARCH USE ONLY"
-ORIENTATION_NOTE: Final = "position and orientation are those of the image, not of the patient"
 UNKNOWN_SPACING_MM: Final = 1.0
-
-_UID_NAMESPACE: Final = uuid.UUID("5f0c1b52-6f0e-4c55-9b7e-0f9f1f1d9a35")
-_NIFTI_COMMENT: Final = 6  # code of a header extension with plain text
-_DICOM_MAX: Final = 65535
 
 
 @dataclass(frozen=True)
@@ -117,14 +115,6 @@ class ImageSeries:
         )
 
 
-def check_free(folder: Path) -> None:
-    """Raise ConfigurationError unless ``folder`` is absent or an empty folder."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
-        raise ConfigurationError(f"output {folder} is not an empty folder: choose another")
-
-
 def export_images(folder: Path, series: ImageSeries) -> list[Path]:
     """Write all files into ``folder`` and return their paths.
 
@@ -135,29 +125,26 @@ def export_images(folder: Path, series: ImageSeries) -> list[Path]:
         DataError: the disk refuses.
     """
     check_free(folder)
-    with _appears_whole(folder) as partial:
+    with appears_whole(folder) as partial:
         write_nifti(partial / "reconstruction.nii.gz", series)
         text = json.dumps(series.provenance, indent=2, sort_keys=True)
         (partial / "reconstruction.json").write_text(text + "\n", encoding="utf-8")
         write_dicom(partial / "dicom", series)
-        names = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
+        names = files_in(partial)
     return [folder / name for name in names]
 
 
 def write_nifti(path: Path, series: ImageSeries) -> None:
     """Write a NIfTI-1 file; time steps in seconds where the frame times are known."""
     voxel = Voxel.of(series.metadata)
-    data = np.ascontiguousarray(series.scan.images.transpose(3, 2, 1, 0))
-    affine = np.diag([voxel.x, voxel.y, voxel.z, 1.0])
-    image: Any = nibabel.Nifti1Image(data, affine)  # type: ignore[no-untyped-call]  # half typed
-    header = image.header
-    step = _frame_interval_s(series.metadata)
-    header.set_xyzt_units("mm", "sec" if step else "unknown")
-    header.set_zooms((voxel.x, voxel.y, voxel.z, step or 1.0))
-    header["descrip"] = f"{NOTICE}; {voxel.note}".encode()
-    comment = json.dumps(series.provenance, sort_keys=True).encode()
-    header.extensions.append(nibabel.nifti1.Nifti1Extension(_NIFTI_COMMENT, comment))
-    nibabel.save(image, path)
+    save_nifti(
+        path,
+        series.scan.images,
+        (voxel.x, voxel.y, voxel.z),
+        _frame_interval_s(series.metadata),
+        f"{NOTICE}; {voxel.note}",
+        series.provenance,
+    )
 
 
 def write_dicom(folder: Path, series: ImageSeries) -> None:
@@ -168,28 +155,13 @@ def write_dicom(folder: Path, series: ImageSeries) -> None:
     """
     folder.mkdir()
     images = series.scan.images
-    slope = _rescale_slope(float(images.max()))
+    grey = Grey.of(0.0, float(images.max()))
     frames, slices = images.shape[:2]
     for slice_, frame in np.ndindex(slices, frames):
         number = slice_ * frames + frame + 1
-        pixels = np.minimum(np.rint(images[frame, slice_] / slope), _DICOM_MAX).astype("<u2")
         dataset = _instance(series, frame, slice_, number)
-        _set_pixels(dataset, pixels, slope)
+        grey.store(dataset, images[frame, slice_])
         dataset.save_as(folder / f"IM{number:05d}.dcm", enforce_file_format=True)
-
-
-@contextmanager
-def _appears_whole(folder: Path) -> Iterator[Path]:
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, folder)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _frame_interval_s(metadata: AcquisitionMetadata) -> float | None:
@@ -199,74 +171,30 @@ def _frame_interval_s(metadata: AcquisitionMetadata) -> float | None:
     return (times[-1] - times[0]) / (len(times) - 1) / 1000
 
 
-def _rescale_slope(peak: float) -> float:
-    # Rounded to what a decimal string of 16 characters can hold, so that readers get it exactly.
-    return float(f"{peak / _DICOM_MAX:.8e}") or 1.0
-
-
-def _uid(*parts: object) -> UID:
-    """UID derived from a UUID (DICOM PS3.5, B.2), the same for the same parts."""
-    return UID(f"2.25.{uuid.uuid5(_UID_NAMESPACE, json.dumps(parts)).int}")
-
-
 def _instance(series: ImageSeries, frame: int, slice_: int, number: int) -> Dataset:
     sampling = series.scan.sampling
     key = (series.scan_digest, series.model_sha256, series.seed, *astuple(sampling))
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = MRImageStorage
-    meta.MediaStorageSOPInstanceUID = _uid("instance", *key, number)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = Dataset()
-    dataset.file_meta = meta
-    dataset.SpecificCharacterSet = "ISO_IR 192"
-    dataset.SOPClassUID = MRImageStorage
-    dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
-    dataset.StudyInstanceUID = _uid("study", series.scan_digest)
-    dataset.SeriesInstanceUID = _uid("series", *key)
-    dataset.FrameOfReferenceUID = _uid("frame of reference", series.scan_digest)
-    dataset.InstanceNumber = number
-    _set(dataset, _patient_and_study(series))
-    _set(dataset, _provenance(series))
-    _set(dataset, _acquisition(series.metadata, frame))
-    _set(dataset, _plane(series.metadata, slice_))
-    return dataset
-
-
-def _set(dataset: Dataset, values: Mapping[str, Any]) -> None:
-    for keyword, value in values.items():
-        setattr(dataset, keyword, value)
-
-
-def _patient_and_study(series: ImageSeries) -> dict[str, Any]:
-    return {
-        "PatientName": series.patient,
-        "PatientID": series.patient,
-        "PatientBirthDate": "",
-        "PatientSex": "",
-        "PatientIdentityRemoved": "YES",
-        "DeidentificationMethod": "keyed pseudonym of the site store",
-        "StudyDate": "",
-        "StudyTime": "",
-        "StudyID": "",
-        "AccessionNumber": "",
-        "ReferringPhysicianName": "",
+    attributes = {
+        "StudyInstanceUID": uid("study", series.scan_digest),
+        "SeriesInstanceUID": uid("series", *key),
+        "FrameOfReferenceUID": uid("frame of reference", series.scan_digest),
+        "InstanceNumber": number,
+        **_provenance(series),
+        **_acquisition(series.metadata, frame),
+        **_plane(series.metadata, slice_),
     }
+    return mr_image(uid("instance", *key, number), attributes)
 
 
 def _provenance(series: ImageSeries) -> dict[str, Any]:
     voxel = Voxel.of(series.metadata)
     return {
-        "Modality": "MR",
-        "ImageType": ["DERIVED", "SECONDARY", "OTHER"],
-        "SeriesNumber": 1,
+        "PatientName": series.patient,
+        "PatientID": series.patient,
+        "DeidentificationMethod": "keyed pseudonym of the site store",
         "SeriesDescription": f"{NOTICE}: FedCMR reconstruction",
         "ImageComments": f"{NOTICE}. {ORIENTATION_NOTE}; {voxel.note}.",
         "DerivationDescription": series.derivation,
-        "ContentQualification": "RESEARCH",
-        # The notice stands in the attributes; nothing is drawn into the pixels.
-        "BurnedInAnnotation": "NO",
-        "LossyImageCompression": "00",
-        "SoftwareVersions": f"FedCMR {__version__}",
         "Manufacturer": series.metadata.vendor or "",
         "ManufacturerModelName": series.metadata.scanner or "",
     }
@@ -283,15 +211,10 @@ def _acquisition(metadata: AcquisitionMetadata, frame: int) -> dict[str, Any]:
     }
     heart_rate = metadata.heart_rate_bpm
     return {
-        "ScanningSequence": "RM",  # research mode
-        "SequenceVariant": "NONE",
-        "ScanOptions": "",
-        "MRAcquisitionType": "2D",
-        "EchoTrainLength": None,
         "HeartRate": None if heart_rate is None else round(heart_rate),
         "TemporalPositionIdentifier": frame + 1,
         "NumberOfTemporalPositions": metadata.frames,
-        **{name: None if value is None else _decimal(value) for name, value in values.items()},
+        **{name: None if value is None else decimal(value) for name, value in values.items()},
     }
 
 
@@ -299,39 +222,9 @@ def _plane(metadata: AcquisitionMetadata, slice_: int) -> dict[str, Any]:
     voxel = Voxel.of(metadata)
     thickness = metadata.slice_thickness_mm
     return {
-        "PixelSpacing": [_decimal(voxel.y), _decimal(voxel.x)],
-        "SliceThickness": None if thickness is None else _decimal(thickness),
-        "SpacingBetweenSlices": _decimal(voxel.z),
-        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-        "ImagePositionPatient": [0, 0, _decimal(slice_ * voxel.z)],
-        "SliceLocation": _decimal(slice_ * voxel.z),
-        "PositionReferenceIndicator": "",
-        "PatientPosition": "",
+        "PixelSpacing": [decimal(voxel.y), decimal(voxel.x)],
+        "SliceThickness": None if thickness is None else decimal(thickness),
+        "SpacingBetweenSlices": decimal(voxel.z),
+        "ImagePositionPatient": [0, 0, decimal(slice_ * voxel.z)],
+        "SliceLocation": decimal(slice_ * voxel.z),
     }
-
-
-def _set_pixels(dataset: Dataset, pixels: np.ndarray, slope: float) -> None:
-    _set(
-        dataset,
-        {
-            "SamplesPerPixel": 1,
-            "PhotometricInterpretation": "MONOCHROME2",
-            "Rows": pixels.shape[0],
-            "Columns": pixels.shape[1],
-            "BitsAllocated": 16,
-            "BitsStored": 16,
-            "HighBit": 15,
-            "PixelRepresentation": 0,
-            "RescaleSlope": f"{slope:.8e}",
-            "RescaleIntercept": "0",
-            "RescaleType": "US",  # unspecified: the units are arbitrary
-            "WindowCenter": _decimal(_DICOM_MAX / 2 * slope),
-            "WindowWidth": _decimal(max(_DICOM_MAX * slope, 1e-12)),
-            "PixelData": pixels.tobytes(),
-        },
-    )
-
-
-def _decimal(value: float) -> str:
-    """Decimal string of at most 16 characters."""
-    return f"{value:.9g}"

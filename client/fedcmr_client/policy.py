@@ -72,12 +72,23 @@ def parse_policy(path: Path, content: object) -> SitePolicy:
         accounting.rdp_limit(policy.budget.epsilon, policy.budget.delta, order_of(policy))
     except ConfigurationError as error:
         raise ConfigurationError(f"policy {path}: budget: {error}") from error
+    if policy.energy is not None:
+        _check_country(path, policy)
     return policy
 
 
 def policy_text(policy: SitePolicy) -> str:
     """Return ``policy`` as YAML with every field explained; it loads again as the same policy."""
     return explained_yaml(policy, _HEADER)
+
+
+def _check_country(path: Path, policy: SitePolicy) -> None:
+    from fedcmr_client.energy import EnergySettings
+
+    try:
+        EnergySettings.of(policy)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"policy {path}: {error}") from error
 
 
 def _has_password(url: str) -> bool:

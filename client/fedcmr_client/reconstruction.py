@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedcmr_client.devices import on_device
 from fedcmr_shared.errors import ConfigurationError, DataError, ModelError
 from fedcmr_shared.kspace.coils import remove_readout_oversampling
 from fedcmr_shared.kspace.masks import Sampling, acs_mask, make_mask, realised_acceleration
@@ -118,11 +119,7 @@ class _Texts(NamedTuple):
 def _reconstructor(bundle: Bundle, device: str) -> CardioMM:
     if not isinstance(bundle.model, CardioMM):
         raise ModelError(f"model {bundle.spec.name} does not reconstruct: use a CardioMM bundle")
-    try:
-        return bundle.model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:  # torch raises either for an absent device
-        reason = str(error).partition("\n")[0]
-        raise ConfigurationError(f"device {device!r} cannot be used: {reason}") from error
+    return on_device(bundle.model, device)
 
 
 def _texts(

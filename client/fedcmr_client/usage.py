@@ -1,18 +1,26 @@
-"""Device hours and energy that jobs have used at this site; figures that never leave it."""
+"""Device hours of jobs at this site, by which their limits are kept; figures that never leave it.
+
+The limit on energy is kept by device hours and the policy's `device_watts`, so that it holds on
+every machine. What a job really used, as far as it can be measured, is in `fedcmr_client.energy`.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedcmr_client.ledger.place import write_durably
 from fedcmr_shared.errors import JobRefused, LedgerError
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.policy import SitePolicy
 
 _FILE: Final = "usage.json"
+_LOCK: Final = "usage.lock"
 
 
 @dataclass(frozen=True)
@@ -41,15 +49,21 @@ class Usage:
 
     def add(self, job: JobSpec, seconds: float) -> None:
         """Count ``seconds`` of work for ``job`` on each of the site's devices."""
-        values = self._read()
-        values[job.sha256] = values.get(job.sha256, 0.0) + seconds * self.policy.processes
         path = self.folder / _FILE
-        partial = path.with_suffix(".partial")
         try:
-            partial.write_text(json.dumps(values))
-            os.replace(partial, path)
+            with self._alone():
+                values = self._read()
+                values[job.sha256] = values.get(job.sha256, 0.0) + seconds * self.policy.processes
+                write_durably(path, json.dumps(values).encode())
         except OSError as error:
             raise LedgerError(f"{path}: cannot be written: {error.strerror}") from error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one worker in at a time: those of several jobs end when they like."""
+        with (self.folder / _LOCK).open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _read(self) -> dict[str, float]:
         path = self.folder / _FILE

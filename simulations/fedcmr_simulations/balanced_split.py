@@ -20,12 +20,17 @@ def balanced_secret(label: str, patients: Sequence[str], fractions: SplitFractio
     hospital's is random.
 
     Raises:
-        DataError: there are fewer patients than parts.
+        DataError: there are fewer patients than parts, or a part has no share of them.
     """
     if len(patients) < len(SPLITS):
         raise DataError(
             f"a virtual site needs {len(SPLITS)} patients, one for each part of its split, "
             f"not {len(patients)}: use fewer sites or more patients"
+        )
+    empty = [part for part in SPLITS if getattr(fractions, part) <= 0]
+    if empty:
+        raise DataError(
+            f"the part {empty[0]} of a virtual site's patients is empty: give it a share"
         )
     secrets = (
         hashlib.sha256(f"fedcmr virtual site {label} {attempt}".encode()).digest()

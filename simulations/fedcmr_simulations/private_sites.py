@@ -42,6 +42,7 @@ def open_site(folder: Path, store: Path, job: JobSpec, budget: SiteBudget, roste
     """
     (folder / "second-place").mkdir(parents=True)
     unnoised = job.privacy is not None and job.privacy.evaluation.noise_multiplier is None
+    gated = job.privacy is not None and job.privacy.evaluation.memorisation
     policy = SitePolicy(
         site=store.name,
         store=store,
@@ -64,7 +65,10 @@ def open_site(folder: Path, store: Path, job: JobSpec, budget: SiteBudget, roste
         ),
         max_device_hours=job.resources.device_hours,
         max_energy_kwh=job.resources.energy_kwh,
-        evaluation=EvaluationPolicy(allow_unnoised=unnoised),
+        evaluation=EvaluationPolicy(
+            metrics=("memorisation",) if gated else ("psnr", "ssim", "nmse"),
+            allow_unnoised=unnoised and not gated,
+        ),
         reply_tick_s=SIMULATED_TICK_S,
     )
     path = folder / "policy.yaml"

@@ -10,12 +10,13 @@ import json
 import math
 import os
 import statistics
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from fedcmr_shared import __version__
 from fedcmr_shared.errors import DataError
@@ -76,12 +77,58 @@ def write_report(run_folder: Path) -> Path:
         DataError: a file of the run exists but cannot be read; a missing file is no error.
     """
     summary = _json(run_folder / "summary.json")
+    generates = summary.get("model", {}).get("name") == "cpgg"
+    page = _generator_page(run_folder) if generates else _reconstructor_page(run_folder)
+    path = run_folder / "report.html"
+    partial = path.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _generator_page(run_folder: Path) -> str:
+    summary, job = _json(run_folder / "summary.json"), _json(run_folder / "job.json")
+    environment = _json(run_folder / "environment.json")
+    events = _events(run_folder / "metrics.jsonl")
+    picture = run_folder / "hearts.gif"
+    return _template("generator.html.j2").render(
+        version=__version__,
+        summary={"hearts": [], "adherence": None, "gates": [], "release": None} | summary,
+        job=job,
+        job_text=json.dumps(job, indent=2, ensure_ascii=False),
+        facts=_flatten(environment),
+        origin=_origin(summary, environment),
+        statement=generator_statement(summary),
+        picture=b64encode(picture.read_bytes()).decode() if picture.exists() else None,
+        rounds=[event for event in events if event["event"] == "round"],
+        attempts=[_attempt(event) for event in events if event["event"] == "attempt"],
+        aggregation=_aggregation(job),
+        privacy=summary.get("privacy"),
+        privacy_statement=privacy_text(summary) if summary.get("privacy") else None,
+    )
+
+
+def generator_statement(summary: Mapping[str, Any]) -> str:
+    """Say in one sentence how a generator's run came out."""
+    adherence = summary.get("adherence")
+    if not adherence:
+        return f"The run is {summary.get('status', 'unknown')}: it has no result yet."
+    before, after = (adherence[name]["r2"] for name in ("start", "federated"))
+    released = "was released" if summary.get("release") else "was not released"
+    return (
+        f"The generator {released}. Fractional area change asked against measured: "
+        f"R² {before:.2f} with the starting weights, {after:.2f} after private training."
+    )
+
+
+def _reconstructor_page(run_folder: Path) -> str:
+    summary = _json(run_folder / "summary.json")
     events = _events(run_folder / "metrics.jsonl")
     rows_path = run_folder / "evaluation.jsonl"
     rows = read_rows(rows_path) if rows_path.exists() else []
     environment = _json(run_folder / "environment.json")
     job = _json(run_folder / "job.json")
-    page = _template().render(
+    return _template("report.html.j2").render(
         version=__version__,
         summary=summary,
         job=job,
@@ -105,11 +152,6 @@ def write_report(run_folder: Path) -> Path:
         metrics=METRICS,
         metric_names=METRIC_NAMES,
     )
-    path = run_folder / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
-    return path
 
 
 def summary_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -173,6 +215,8 @@ def privacy_text(summary: Mapping[str, Any]) -> str:
     if privacy["evaluation"]["rounds"] == "none":
         return text
     if privacy["evaluation"]["noise_multiplier"] is None:
+        if privacy["evaluation"]["metrics"] == ["memorisation"]:
+            return text + " What the memorisation gates let out, one bit a site, has no epsilon."
         return text + " Scores of held-out patients left WITHOUT noise: they have no epsilon."
     worst = max(site["epsilon"] for site in scored)
     return text + f" Scoring cost the held-out patients epsilon {_bound(worst)}."
@@ -435,7 +479,7 @@ def _duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _template() -> Any:
+def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("fedcmr_simulations"),
         autoescape=True,
@@ -446,4 +490,4 @@ def _template() -> Any:
     environment.filters.update(
         bound=_bound, number=_number, metric=_metric, filesize=_bytes, duration=_duration
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)

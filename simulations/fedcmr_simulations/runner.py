@@ -8,6 +8,8 @@
    validation patients
 5. report
 
+For a generator, the release gate, the release and six hearts take the place of stages 3 and 4.
+
 Stages 3 and 4 look at each site from outside the federation. Only a simulation can do that: a
 coordinator never sees a figure of one site.
 """
@@ -33,6 +35,7 @@ from fedcmr_simulations.config import SimulationConfig
 from fedcmr_simulations.drops import Drop
 from fedcmr_simulations.evaluation import EvaluationRow, append_rows, site_summary
 from fedcmr_simulations.flower_engine import flower_process
+from fedcmr_simulations.generator_run import finish_generator
 from fedcmr_simulations.private_sites import open_site, read_account, roster_of
 from fedcmr_simulations.progress import Progress
 from fedcmr_simulations.provenance import environment
@@ -78,6 +81,10 @@ class SimulationRequest:
         """
         job = self.config.job
         if not self.private:
+            if job.model.name != "cardiomm":
+                raise ConfigurationError(
+                    f"--no-privacy: {job.model.name} is trained privately only: leave it out"
+                )
             return without_privacy(job, "")
         if job.privacy is None:
             raise ConfigurationError(
@@ -127,7 +134,10 @@ def simulate(request: SimulationRequest, progress: Progress) -> dict[str, Any]:
         _federate(request, folder, places, progress)
         summary.update(**_federation_figures(folder))
         summary.update(**_account(request, folder, places))
-        _compare(request, folder, stores, summary, progress)
+        if job.model.name == "cpgg":
+            summary.update(**finish_generator(folder, progress))
+        else:
+            _compare(request, folder, stores, summary, progress)
     return summary.values
 
 

@@ -13,11 +13,13 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from mr_image_attributes import REQUIRED
 from release_parts import make_card, write_model
 from safetensors.torch import save_file
 
 from fedcmr_client import image_export
-from fedcmr_client.image_export import NOTICE, ImageSeries, export_images
+from fedcmr_client.image_export import ImageSeries, export_images
+from fedcmr_client.image_files import NOTICE
 from fedcmr_client.reconstruction import ReconstructedScan, reconstruct_scan
 from fedcmr_client.store.scan_file import ScanFile, ScanSource, write_scan
 from fedcmr_client.store.site_store import SiteStore
@@ -367,23 +369,8 @@ class TestDicom:
     def test_all_attributes_that_mr_images_require(
         self, datasets: dict[tuple[int, int], pydicom.Dataset]
     ) -> None:
-        # Types 1 and 2 of DICOM PS3.3 A.4 that have no condition or whose condition is met.
-        # fmt: off
-        required = [
-            "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyInstanceUID",
-            "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber",
-            "Modality", "SeriesInstanceUID", "SeriesNumber", "PatientPosition",
-            "FrameOfReferenceUID", "PositionReferenceIndicator", "Manufacturer",
-            "InstanceNumber", "PixelSpacing", "ImageOrientationPatient", "ImagePositionPatient",
-            "SliceThickness", "SamplesPerPixel", "PhotometricInterpretation", "Rows", "Columns",
-            "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelData",
-            "ImageType", "ScanningSequence", "SequenceVariant", "ScanOptions",
-            "MRAcquisitionType", "RepetitionTime", "EchoTime", "EchoTrainLength", "SOPClassUID",
-            "SOPInstanceUID",
-        ]
-        # fmt: on
         dataset = datasets[0, 0]
-        assert [name for name in required if name not in dataset] == []
+        assert [name for name in REQUIRED if name not in dataset] == []
 
     def test_same_reconstruction_same_identifiers(self, tmp_path: Path) -> None:
         def uid(folder: str, given: ImageSeries) -> tuple[str, str]:

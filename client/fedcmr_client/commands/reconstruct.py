@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
 
+from fedcmr_client.commands.progress import progress
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_shared.schemas.job import Pattern
 
@@ -61,7 +59,8 @@ def reconstruct(
     A fully sampled scan is undersampled first; of a scan that lacks lines already, the options
     say how it was acquired.
     """
-    from fedcmr_client.image_export import check_free, export_images
+    from fedcmr_client.image_export import export_images
+    from fedcmr_client.image_files import check_free
     from fedcmr_client.store.scan_file import ScanFile
     from fedcmr_shared.kspace.masks import Sampling
     from fedcmr_shared.models.release import load_model
@@ -92,7 +91,7 @@ def _reconstruct(
     from fedcmr_shared.text.encoders import load_text_encoder
 
     encoder = load_text_encoder(bundle.spec.text_encoder, text_folder)
-    with _progress(file.metadata.frames * file.metadata.slices) as on_image:
+    with progress("Reconstructing images", file.metadata.frames * file.metadata.slices) as on_image:
         result = reconstruct_scan(
             file.image,
             file.metadata,
@@ -111,14 +110,3 @@ def _patient(path: Path, digest: str) -> str:
     """Pseudonym that the store's folder gives; outside a store a name made from the samples."""
     folder = path.absolute().parent.name
     return folder if _PSEUDONYM.fullmatch(folder) else f"scan-{digest[:16]}"
-
-
-@contextmanager
-def _progress(images: int) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("Reconstructing images", total=images)
-        yield lambda: bar.advance(task)

@@ -23,6 +23,7 @@ from fedcmr_client.commands.site_plan import plan
 from fedcmr_client.commands.site_releases import fetch_release, releases
 from fedcmr_client.commands.site_roster import roster
 from fedcmr_client.commands.site_service import check_connection, jobs, pause, resume, start
+from fedcmr_client.commands.site_energy import energy
 from fedcmr_client.commands.site_status import budget, find_job, open_site, status, trust_line
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError
@@ -37,7 +38,7 @@ def site() -> None:
 
 
 for _command in (
-    *(plan, check, status, budget, jobs),
+    *(plan, check, status, budget, energy, jobs),
     *(request, join, roster, renew, leave),
     *(start, check_connection, pause, resume),
     *(export_evidence, hand_in, releases, fetch_release),

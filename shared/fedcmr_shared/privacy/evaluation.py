@@ -120,6 +120,11 @@ def noisy_totals(
     return {name: torch.from_numpy(total) for name, total in totals.items()}
 
 
+def energy_totals(kwh: float) -> dict[str, Tensor]:
+    """Return one site's term of the energy that a job took."""
+    return {ENERGY: torch.tensor([kwh], dtype=torch.float64)}
+
+
 def energy_kwh(totals: Mapping[str, Tensor]) -> float | None:
     """Return the energy that all sites' terms add up to in kWh; None when nobody asked."""
     total = totals.get(ENERGY)

@@ -187,6 +187,11 @@ class EnergyPolicy(BaseModel):
     watts_per_thread: Annotated[Real, Field(gt=0)] = Field(
         default=4.0, description="Power of one busy thread in watts, for a second estimate."
     )
+    report_total: Flag = Field(
+        default=True,
+        description="Add the energy that a job took to the sum of all sites when the job asks for "
+        "it, rounded up to one digit and at least 0.1 kWh.",
+    )
 
 
 class SitePolicy(BaseModel):

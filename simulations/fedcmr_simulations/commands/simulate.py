@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from fedcmr_shared.cli import json_option, print_json, print_table
+from fedcmr_simulations.commands.generator_weights import generator_weights
 from fedcmr_simulations.commands.phantom import phantom
 from fedcmr_simulations.commands.pretrain import pretrain
 from fedcmr_simulations.commands.segmenter import segmenter
@@ -25,6 +26,7 @@ def simulate() -> None:
 simulate.add_command(phantom)
 simulate.add_command(pretrain)
 simulate.add_command(segmenter)
+simulate.add_command(generator_weights)
 
 
 @simulate.command()
@@ -150,8 +152,15 @@ def partition(store: Path, out: Path, sites: int, seed: int, as_json: bool) -> N
 
 
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
-    from fedcmr_simulations.report import privacy_text, summary_rows
+    from fedcmr_simulations.report import generator_statement, privacy_text, summary_rows
 
+    if summary["model"]["name"] == "cpgg":
+        for gate in summary["gates"]:
+            click.echo(f"gate {gate['gate']}: {gate['text']}")
+        _print_spent(summary)
+        click.echo(generator_statement(summary))
+        click.echo(f"hearts: {out / 'hearts.gif'}\nreport: {out / 'report.html'}")
+        return
     title = (
         f"PSNR in dB on test patients, {summary['pattern']} {summary['nominal_af']:g}× "
         f"({summary['data_origin']} data)"
@@ -163,13 +172,17 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     # The number of patients is in the report; without it the table fits 120 columns.
     print_table(title, rows, [name for name in rows[0] if name not in ("patients", "epsilon")])
     if summary["private"]:
-        sites = summary["privacy"]["sites"]
-        spent = [{"site": name, **_by_round(site["rounds"])} for name, site in sites.items()]
-        print_table("certified epsilon of a trained patient, spent so far", spent, list(spent[0]))
+        _print_spent(summary)
         click.echo(privacy_text(summary))
     else:
         click.secho(NO_PRIVACY, fg="red", bold=True)
     click.echo(f"report: {out / 'report.html'}")
+
+
+def _print_spent(summary: dict[str, Any]) -> None:
+    sites = summary["privacy"]["sites"]
+    spent = [{"site": name, **_by_round(site["rounds"])} for name, site in sites.items()]
+    print_table("certified epsilon of a trained patient, spent so far", spent, list(spent[0]))
 
 
 def _by_round(epsilons: list[float]) -> dict[str, str]:

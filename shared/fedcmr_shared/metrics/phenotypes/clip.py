@@ -1,0 +1,72 @@
+"""What a clip of one slice tells about the left ventricle (LV): areas and their change over a beat."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from fedcmr_shared.errors import DataError
+from fedcmr_shared.metrics.phenotypes.short_axis import CAVITY, MYOCARDIUM
+from fedcmr_shared.models.segmenter import Segmenter, segment
+
+LEAST_AREA_MM2: Final = 25.0
+"""Smaller cavities count as not found."""
+_FINE_MM: Final = 1.0
+_NEIGHBOURS: Final = (-1, 0, 1)
+
+
+def measure_clip(
+    clip: NDArray[np.floating], pixel_mm: float, segmenter: Segmenter
+) -> dict[str, float]:
+    """Return those of LVEDA, LVESA, LVMA (mm²) and LVFAC (%) that can be measured.
+
+    End diastole (ED) is the first frame or a neighbour of it, whichever has the larger cavity; end
+    systole the frame with the smallest. The wall is measured at ED. Nothing is returned where ED
+    shows no cavity, and no change where a frame shows none.
+
+    Args:
+        clip: ``[frame, y, x]`` in [-1, 1]; one beat from the R wave.
+        pixel_mm: size of its pixels.
+        segmenter: finds the LV.
+
+    Raises:
+        DataError: the clip is no clip.
+    """
+    cavity, wall = _areas(clip, pixel_mm, segmenter)
+    diastole = max(_NEIGHBOURS, key=lambda frame: cavity[frame % len(cavity)]) % len(cavity)
+    largest, smallest = float(cavity[diastole]), float(cavity.min())
+    if largest < LEAST_AREA_MM2:
+        return {}
+    result = {"LVEDA": largest, "LVMA": float(wall[diastole])}
+    if LEAST_AREA_MM2 <= smallest < largest:
+        result |= {"LVESA": smallest, "LVFAC": 100 * (1 - smallest / largest)}
+    return result
+
+
+def area_curve(
+    clip: NDArray[np.floating], pixel_mm: float, segmenter: Segmenter
+) -> NDArray[np.float64]:
+    """Return the area of the LV cavity in each frame of a clip, in mm²; 0 where none is found.
+
+    Raises:
+        DataError: the clip is no clip.
+    """
+    return _areas(clip, pixel_mm, segmenter)[0]
+
+
+def _areas(
+    clip: NDArray[np.floating], pixel_mm: float, segmenter: Segmenter
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Areas of cavity and wall ``[frame]``, counted on pixels finer than those of the clip."""
+    if clip.ndim != 3 or 0 in clip.shape or not np.isfinite(clip).all():
+        raise DataError(f"clip of shape {clip.shape}: give finite values [frame, y, x]")
+    magnitudes = torch.from_numpy((np.asarray(clip, np.float32) + 1) / 2)[:, None]
+    size = [round(pixels * pixel_mm / _FINE_MM) for pixels in clip.shape[1:]]
+    fine = F.interpolate(magnitudes, size, mode="bilinear", align_corners=False)[:, 0].numpy()
+    labels = segment(segmenter, fine, (_FINE_MM, _FINE_MM))
+    cavity, wall = ((labels == label).sum(axis=(1, 2)) for label in (CAVITY, MYOCARDIUM))
+    return cavity * _FINE_MM**2, wall * _FINE_MM**2
