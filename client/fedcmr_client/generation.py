@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from fedcmr_client.devices import on_device
 from fedcmr_client.heart_requests import Heart
+from fedcmr_client.heart_sampling import PhenotypeModel
 from fedcmr_shared.errors import ModelError
 from fedcmr_shared.models.cpgg import CPGG
 from fedcmr_shared.models.masked_generator import PUBLISHED, SamplingPlan
-from fedcmr_shared.models.phenotype_vae import PhenotypeVAE
 from fedcmr_shared.models.release import CARD, ReleaseBundle, is_release, load_model
 
 # With this method 20 steps do as well as 100: benchmarks/results/cpgg_sampling.json.
@@ -77,16 +77,17 @@ def load_clip_model(path: Path, trusted_key: str | None = None, device: str = "c
     return ClipModel(network, bundle.spec.size, bundle.sha256, described)
 
 
-def load_phenotype_model(path: Path) -> tuple[PhenotypeVAE, str]:
+def load_phenotype_model(path: Path) -> tuple[PhenotypeModel, str]:
     """Load a model of phenotypes from a bundle or release; return it with the hash of its weights.
 
     Raises:
         ModelError: the file is neither, or holds another kind of model.
     """
     bundle = load_model(path)
-    if not isinstance(bundle.model, PhenotypeVAE):
+    if not isinstance(bundle.model, PhenotypeModel):
         raise ModelError(
-            f"{path}: model {bundle.spec.name} draws no phenotypes: use a phenotype-vae model"
+            f"{path}: model {bundle.spec.name} draws no phenotypes: use a phenotype-vae or "
+            "phenotype-gaussian model"
         )
     return bundle.model, bundle.sha256
 

@@ -27,7 +27,11 @@ from fedcmr_shared.metrics.phenotypes.table import (
     PhenotypeTable,
     implausible,
 )
+from fedcmr_shared.models.phenotype_gaussian import PhenotypeMoments
 from fedcmr_shared.models.phenotype_vae import PhenotypeVAE
+
+PhenotypeModel = PhenotypeVAE | PhenotypeMoments
+"""What draws phenotypes."""
 
 PRIOR_SOURCE: Final = (
     "drawn from the public priors of simulated healthy hearts: no distribution of patients"
@@ -46,7 +50,7 @@ def sample_prior(seed: int) -> Heart:
     return _first_plausible(_consistent(_free(random), random) for _ in range(_TRIES))
 
 
-def sample_model(model: PhenotypeVAE, seed: int) -> Heart:
+def sample_model(model: PhenotypeModel, seed: int) -> Heart:
     """Return the phenotypes of a plausible heart that ``model`` draws, made to obey the identities.
 
     Raises:

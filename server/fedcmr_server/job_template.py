@@ -34,9 +34,52 @@ TEMPLATES: Final[Mapping[str, JobSpec]] = {
             noise_multiplier=1.5,
             clip_norm=0.025,
             spare_rounds=2,
-            evaluation=EvaluationSpec(noise_multiplier=4.0, cohort_size=40),
+            evaluation=EvaluationSpec(noise_multiplier=4.0, cohort_size=40, energy_total=True),
         ),
-    )
+    ),
+    "cpgg": JobSpec(
+        name="cpgg-tiny",
+        rounds=10,
+        model=ModelSpec(name="cpgg", size="tiny"),
+        training=TrainingSpec(
+            part="prompts",
+            local_steps=1,
+            optimiser="sgd",
+            learning_rate=0.02,
+            final_learning_rate_fraction=1.0,
+            warmup_steps=0,
+        ),
+        privacy=PrivacySpec(
+            cohort_size=300,
+            sampling_rate=0.5,
+            noise_multiplier=4.0,
+            clip_norm=1.0,
+            augmentations=4,
+            spare_rounds=2,
+            evaluation=EvaluationSpec(
+                noise_multiplier=None, metrics=("memorisation",), energy_total=True
+            ),
+        ),
+    ),
+    "phenotype-gaussian": JobSpec(
+        name="phenotype-gaussian",
+        rounds=1,
+        model=ModelSpec(name="phenotype-gaussian", size="paper"),
+        training=TrainingSpec(
+            local_steps=1,
+            optimiser="sgd",
+            learning_rate=1.0,
+            final_learning_rate_fraction=1.0,
+            warmup_steps=0,
+        ),
+        privacy=PrivacySpec(
+            cohort_size=300,
+            sampling_rate=1.0,
+            noise_multiplier=3.0,
+            clip_norm=1.0,
+            evaluation=EvaluationSpec(rounds="none"),
+        ),
+    ),
 }
 """Realistic private jobs by the kind of model that they train."""
 

@@ -56,6 +56,7 @@ class MemorisationGate:
 GATES: Final[Mapping[str, Sequence[ReleaseGate]]] = {
     "cardiomm": (),
     "cpgg": (MemorisationGate(),),
+    "phenotype-gaussian": (),
     "phenotype-vae": (),
 }
 """Gates by the model's name. A model that is not here cannot be released."""

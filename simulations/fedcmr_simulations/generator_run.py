@@ -45,6 +45,7 @@ from fedcmr_simulations.progress import Progress
 FRACTIONS: Final = (20.0, 30.0, 40.0, 50.0, 60.0, 70.0)
 """Ejection fractions of the hearts in the picture, in %."""
 REQUESTS: Final = 48
+_FEWEST: Final = 3
 _FEDERATION: Final = "simulated"
 _STREAM: Final = 97  # of virtual patients that no site has
 _WEEK: Final = timedelta(days=7)
@@ -74,9 +75,9 @@ def finish_generator(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     with progress.stage("drawing hearts", 3) as advance:
         start = load_clip_model(folder.bundle_path(0))
         found_start = _obedience(start, segmenter)
-        advance(f"starting weights: R2 {found_start['r2']:.3f}")
+        advance(f"starting weights: {_worded(found_start)}")
         found_end = _obedience(model, segmenter)
-        advance(f"after private training: R2 {found_end['r2']:.3f}")
+        advance(f"after private training: {_worded(found_end)}")
         hearts = _draw_hearts(folder.root, model, segmenter)
         advance(f"{len(hearts)} hearts in {folder.root / 'hearts.gif'}")
     return {
@@ -133,7 +134,7 @@ def _lineage(folder: RunFolder, job: JobSpec, events: Sequence[Mapping[str, Any]
     )
 
 
-def _obedience(model: ClipModel, segmenter: Segmenter) -> dict[str, float]:
+def _obedience(model: ClipModel, segmenter: Segmenter) -> dict[str, float | None]:
     """Ask for other virtual patients' hearts; compare the change of area (FAC) in %."""
     asked, requests = [], []
     for number in range(REQUESTS):
@@ -141,7 +142,20 @@ def _obedience(model: ClipModel, segmenter: Segmenter) -> dict[str, float]:
         heart = patient.heart.volumes.phenotypes(patient.heart_rate_bpm)
         requests.append(ClipRequest(heart, heart, number))
         asked.append(expected_fac(heart))
-    return adherence(np.array(asked), _measured(model, requests, segmenter))._asdict()
+    found = _measured(model, requests, segmenter)
+    samples = int(np.isfinite(found).sum())
+    if samples < _FEWEST:  # what an untrained network draws shows no ventricle
+        return {"r2": None, "mae": None, "bias": None, "samples": samples}
+    return adherence(np.array(asked), found)._asdict()
+
+
+def _worded(found: Mapping[str, float | None]) -> str:
+    r2 = found["r2"]
+    return "no heart was found" if r2 is None else f"R2 {r2:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.0f} %"
 
 
 def _measured(
@@ -153,7 +167,9 @@ def _measured(
     return np.array([each.get("LVFAC", math.nan) for each in found])
 
 
-def _draw_hearts(root: Path, model: ClipModel, segmenter: Segmenter) -> list[dict[str, float]]:
+def _draw_hearts(
+    root: Path, model: ClipModel, segmenter: Segmenter
+) -> list[dict[str, float | None]]:
     """Draw hearts of rising ejection fraction; write them and a picture of all."""
     requests = []
     for number, fraction in enumerate(FRACTIONS):
@@ -164,17 +180,20 @@ def _draw_hearts(root: Path, model: ClipModel, segmenter: Segmenter) -> list[dic
     clips = list(draw_clips(model.network, requests, run.plan))
     export_clips(root / "hearts", run, clips, ("nifti", "gif"))
     found = [measure_clip(clip.frames, run.grid.pixel_mm, segmenter) for clip in clips]
-    hearts = [
+    hearts: list[dict[str, float | None]] = [
         {
             "LVEF": request.given["LVEF"],
             "LVEDV": request.given["LVEDV"],
             "asked": expected_fac(request.completed),
-            "measured": each.get("LVFAC", math.nan),
+            "measured": each.get("LVFAC"),
         }
         for request, each in zip(requests, found, strict=True)
     ]
     captions = [
-        [f"LVEF asked {h['LVEF']:.0f} %", f"FAC {h['asked']:.0f} %, found {h['measured']:.0f} %"]
+        [
+            f"LVEF asked {h['LVEF']:.0f} %",
+            f"FAC {h['asked']:.0f} %, found {_percent(h['measured'])}",
+        ]
         for h in hearts
     ]
     write_gif(root / "hearts.gif", [clip.frames for clip in clips], captions)

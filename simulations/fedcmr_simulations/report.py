@@ -115,6 +115,10 @@ def generator_statement(summary: Mapping[str, Any]) -> str:
         return f"The run is {summary.get('status', 'unknown')}: it has no result yet."
     before, after = (adherence[name]["r2"] for name in ("start", "federated"))
     released = "was released" if summary.get("release") else "was not released"
+    if before is None or after is None:
+        return (
+            f"The generator {released}. It draws no hearts: it began with weights that know none."
+        )
     return (
         f"The generator {released}. Fractional area change asked against measured: "
         f"R² {before:.2f} with the starting weights, {after:.2f} after private training."

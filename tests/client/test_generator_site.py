@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedcmr_client import copy_gate
 from fedcmr_client.agent import SiteAgent
-from fedcmr_client.cine import Heart, cine_of, heart_cycles, read_heart
+from fedcmr_client.cine import Heart, cine_of, heart_cycles, read_heart, read_phenotypes
 from fedcmr_client.copy_gate import TRIES, CopyGate
 from fedcmr_client.dataset import Cohort
 from fedcmr_client.latents import LatentCache
@@ -30,6 +30,7 @@ from fedcmr_shared.metrics.memorisation import GateConfig
 from fedcmr_shared.models.clips import ClipGrid, clip_grid
 from fedcmr_shared.models.copy_detector import CopyDetectorConfig
 from fedcmr_shared.models.cpgg import CONFIGS, CPGG
+from fedcmr_shared.models.phenotype_gaussian import MomentsConfig, contribution
 from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.privacy.evaluation import outcome_totals, outcomes
 from fedcmr_shared.privacy.mechanism import Mechanism
@@ -80,7 +81,7 @@ def home(clips: Path, make_home: Callable[..., SiteHome]) -> SiteHome:
 
 def open_home(store: Path, make_home: Callable[..., SiteHome], **changes: Any) -> SiteHome:
     rules: dict[str, Any] = {
-        "models": ["cpgg", "phenotype-vae"],
+        "models": ["cpgg", "phenotype-vae", "phenotype-gaussian"],
         "aggregation": ["secure_sum"],
         "minimum_sites": 3,
         "max_epsilon_per_job": 100.0,
@@ -163,12 +164,40 @@ def test_a_round_moves_the_jobs_part_alone(home: SiteHome) -> None:
     assert update.loss is None
 
 
-def test_phenotypes_are_trained_by_the_same_way(home: SiteHome) -> None:
-    update = SiteAgent(home).noised_update(task(VECTORS))
-    assert sorted(update.delta) == trainable_names(
-        VECTORS.model, build_model(VECTORS.model), "full"
-    )
+@pytest.mark.parametrize(
+    "model",
+    [ModelSpec(name="phenotype-vae"), ModelSpec(name="phenotype-gaussian", size="paper")],
+    ids=lambda spec: spec.name,
+)
+def test_phenotypes_are_trained_by_the_same_way(model: ModelSpec, home: SiteHome) -> None:
+    job = VECTORS.model_copy(update={"model": model})
+    update = SiteAgent(home).noised_update(task(job))
+    assert sorted(update.delta) == trainable_names(model, build_model(model), "full")
     assert kept(home) == []
+
+
+def test_a_round_of_moments_is_the_mean_of_the_patients(
+    home: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its noise, which is another test's, the sum is that of the contributions."""
+    monkeypatch.setattr("fedcmr_shared.privacy.mechanism.gaussian", lambda size: np.zeros(size))
+    assert VECTORS.privacy is not None
+    job = VECTORS.model_copy(
+        update={
+            "model": ModelSpec(name="phenotype-gaussian", size="paper"),
+            "training": VECTORS.training.model_copy(update={"learning_rate": 1.0}),
+            "privacy": VECTORS.privacy.model_copy(update={"sampling_rate": 1.0, "clip_norm": 1.0}),
+        }
+    )
+    update = SiteAgent(home).noised_update(task(job))
+    config = MomentsConfig()
+    names = config.standardisation.names
+    rows = [
+        torch.tensor([read_phenotypes([scan]).get(name, np.nan) for name in names])
+        for scan in records(home.policy.store)
+    ]
+    expected = torch.stack([contribution(row, config) for row in rows]).sum(0) / 10
+    torch.testing.assert_close(update.delta["moments"].double(), expected, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["prompts", "adapters", "decoder", "lora"])

@@ -26,12 +26,12 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
 
 def test_the_packages_add_their_commands() -> None:
     commands = models.list_commands(click.Context(models))
-    assert commands == ["list", "reconstruct", "release", "show", "verify"]
+    assert commands == ["generate", "list", "reconstruct", "release", "show", "verify"]
 
 
 def test_list_counts_every_size(capsys: pytest.CaptureFixture[str]) -> None:
     rows = run_json(capsys, "list")
-    names = ("cardiomm", "cpgg", "phenotype-vae")
+    names = ("cardiomm", "cpgg", "phenotype-gaussian", "phenotype-vae")
     sizes = ("tiny", "small", "paper")
     assert [(row["name"], row["size"]) for row in rows] == [(n, s) for n in names for s in sizes]
     for name in names:
@@ -68,7 +68,7 @@ def test_wider_text_needs_wider_projections(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("varnet",), "model 'varnet' is unknown: use cardiomm, cpgg, phenotype-vae"),
+        (("varnet",), "model 'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae"),
         (("cardiomm", "--size", "huge"), "size 'huge' is unknown"),
         (("cardiomm", "--text-encoder", "bert"), "text_encoder 'bert' is unknown"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,13 +16,19 @@ from fedcmr_shared.metrics.phenotypes.table import NAMES as ALL_NAMES
 from fedcmr_shared.models.phenotype_gaussian import (
     MomentsConfig,
     PhenotypeGaussian,
+    PhenotypeMoments,
     contribution,
-    noisy_moments,
-    release_of,
 )
 from fedcmr_shared.models.phenotype_vae import CONFIGS, PhenotypeVAE, PhenotypeVAEConfig
 from fedcmr_shared.models.standardisation import Standardisation
 from fedcmr_shared.privacy.accounting import figures
+from fedcmr_shared.privacy.budget import phases_of
+from fedcmr_shared.privacy.engines import engine_for
+from fedcmr_shared.privacy.mechanism import Mechanism
+from fedcmr_shared.privacy.step import private_gradient
+from fedcmr_shared.schemas.job import JobSpec, ModelSpec, TrainingSpec
+from fedcmr_shared.schemas.ledger import Release
+from fedcmr_shared.schemas.privacy import PrivacySpec
 
 SILENT = 1e-12
 
@@ -198,6 +205,36 @@ def test_impossible_configurations_are_refused(field: str) -> None:
 # Normal baseline
 
 MOMENTS = MomentsConfig(SCALE)
+
+
+def noisy_moments(
+    patients: Sequence[Tensor],
+    config: MomentsConfig,
+    *,
+    noise_multiplier: float,
+    cohort_size: float,
+) -> Tensor:
+    """Take the one step of a job from zero; everybody is drawn."""
+    model = PhenotypeMoments(config).double()
+
+    def loss_of(module: nn.Module) -> Callable[[Sequence[Tensor]], Tensor]:
+        return lambda rows: module(torch.stack(list(rows)), torch.zeros(len(rows), 0))
+
+    engine = engine_for("backward", model, list(model.parameters()), loss_of, synthetic=list)
+    mechanism = Mechanism(1.0, noise_multiplier, cohort_size)
+    step = private_gradient(engine, patients, lambda row: [row], mechanism, 1.0)
+    return -step.gradients[0]
+
+
+def release_of(noise_multiplier: float) -> Release:
+    """Return what a round of such a job costs, as ledgers write it down."""
+    job = JobSpec(
+        rounds=1,
+        model=ModelSpec(name="phenotype-gaussian", size="paper"),
+        training=TrainingSpec(local_steps=1),
+        privacy=PrivacySpec(sampling_rate=1.0, noise_multiplier=noise_multiplier),
+    )
+    return phases_of(job)["train"][0]
 
 
 def test_82_phenotypes_are_3485_numbers() -> None:

@@ -69,7 +69,7 @@ def test_counting_leaves_the_random_state_alone() -> None:
 
 def test_every_size_of_a_job_is_known() -> None:
     sizes = get_args(ModelSpec.model_fields["size"].annotation)
-    assert list(available_models()) == ["cardiomm", "cpgg", "phenotype-vae"]
+    assert list(available_models()) == ["cardiomm", "cpgg", "phenotype-gaussian", "phenotype-vae"]
     for entry in available_models().values():
         assert sorted(sizes) == sorted(entry.sizes)
 
@@ -92,9 +92,9 @@ def test_models_without_words_have_one_variant() -> None:
 
 
 def test_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm, cpgg, phenotype-vae"):
+    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae"):
         build_model(spec(name="varnet"))
-    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm, cpgg, phenotype-vae"):
+    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae"):
         parameter_counts("varnet", "tiny")
 
 

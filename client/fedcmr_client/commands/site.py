@@ -10,6 +10,7 @@ import click
 
 from fedcmr_client.commands.policy_option import policy_option
 from fedcmr_client.commands.site_check import SHOWN, check
+from fedcmr_client.commands.site_energy import energy
 from fedcmr_client.commands.site_evidence import export_evidence, hand_in
 from fedcmr_client.commands.site_join import (
     explain_request,
@@ -23,7 +24,6 @@ from fedcmr_client.commands.site_plan import plan
 from fedcmr_client.commands.site_releases import fetch_release, releases
 from fedcmr_client.commands.site_roster import roster
 from fedcmr_client.commands.site_service import check_connection, jobs, pause, resume, start
-from fedcmr_client.commands.site_energy import energy
 from fedcmr_client.commands.site_status import budget, find_job, open_site, status, trust_line
 from fedcmr_shared.cli import json_option, print_json, print_table
 from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError

@@ -15,6 +15,7 @@ from fedcmr_client.site_home import SiteHome
 from fedcmr_shared.errors import ModelError
 from fedcmr_shared.models.cardiomm import CardioMM
 from fedcmr_shared.models.cpgg import CPGG
+from fedcmr_shared.models.phenotype_gaussian import PhenotypeMoments
 from fedcmr_shared.models.phenotype_vae import PhenotypeVAE
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.text.encoders import CachedTextEncoder, TextEncoder, load_text_encoder
@@ -58,5 +59,8 @@ def _objective(model: nn.Module, job: JobSpec, device: str, home: SiteHome | Non
     if isinstance(model, CPGG):
         return GenerationObjective(model, job, device, home.latents(job) if home else None)
     if isinstance(model, PhenotypeVAE):
-        return PhenotypeObjective(model, job, device)
+        config = model.config
+        return PhenotypeObjective(config.standardisation, config.latents, job, device)
+    if isinstance(model, PhenotypeMoments):
+        return PhenotypeObjective(model.config.standardisation, 0, job, device)
     raise ModelError(f"model {job.model.name} is none that sites train")

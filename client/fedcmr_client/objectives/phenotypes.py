@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedcmr_client.cine import read_phenotypes
 from fedcmr_client.dataset import Cohort
-from fedcmr_shared.models.phenotype_vae import PhenotypeVAE
+from fedcmr_shared.models.standardisation import Standardisation
 from fedcmr_shared.privacy.mechanism import Loss
 from fedcmr_shared.schemas.job import JobSpec
 
@@ -24,10 +24,16 @@ class VectorExample(NamedTuple):
 
 
 class PhenotypeObjective:
-    """The phenotypes of a patient, under as many draws as the job has augmentations."""
+    """The phenotypes of a patient, under as many draws as the job has augmentations.
 
-    def __init__(self, model: PhenotypeVAE, job: JobSpec, device: str = "cpu") -> None:
-        self._config = model.config
+    ``latents`` are the numbers that a network draws for a patient, 0 for one that draws none.
+    """
+
+    def __init__(
+        self, scale: Standardisation, latents: int, job: JobSpec, device: str = "cpu"
+    ) -> None:
+        self._scale = scale
+        self._latents = latents
         self._job = job
         self._device = torch.device(device)
 
@@ -38,9 +44,8 @@ class PhenotypeObjective:
         privacy = self._job.privacy
         assert privacy is not None  # no other job comes here
         known = read_phenotypes(cohort.scans(patient))
-        names = self._config.standardisation.names
-        values = torch.tensor([known.get(name, np.nan) for name in names])
-        noise = generator.standard_normal((privacy.augmentations, self._config.latents))
+        values = torch.tensor([known.get(name, np.nan) for name in self._scale.names])
+        noise = generator.standard_normal((privacy.augmentations, self._latents))
         return [VectorExample(values, row) for row in torch.from_numpy(noise).float()]
 
     def loss_of(self, module: nn.Module) -> Loss[VectorExample]:
@@ -57,12 +62,12 @@ class PhenotypeObjective:
     def synthetic(self) -> Sequence[VectorExample]:
         """See :class:`~fedcmr_client.objectives.interface.Objective`."""
         random = torch.Generator().manual_seed(0)
-        scale = self._config.standardisation
         standard, noise = (
             torch.randn(2, width, generator=random, dtype=torch.float64)
-            for width in (len(scale), self._config.latents)
+            for width in (len(self._scale), self._latents)
         )
-        return [VectorExample(*pair) for pair in zip(scale.undo(standard), noise, strict=True)]
+        values = self._scale.undo(standard)
+        return [VectorExample(*pair) for pair in zip(values, noise, strict=True)]
 
     def shape_of(self, example: VectorExample) -> Hashable:
         """See :class:`~fedcmr_client.objectives.interface.Objective`."""

@@ -221,6 +221,7 @@ PURPOSES: Final[Mapping[str, Purpose]] = {
         (_MEANS_LIMIT, _INVENTED, _PRIVACY_LIMIT),
     ),
     "cpgg": Purpose(_SYNTHETIC, (_IMPOSSIBLE, _COPIES, _PRIVACY_LIMIT)),
+    "phenotype-gaussian": Purpose(_SYNTHETIC, (_NOISY, _PRIVACY_LIMIT)),
     "phenotype-vae": Purpose(_SYNTHETIC, (_NOISY, _PRIVACY_LIMIT)),
 }
 """Purposes by the model's name; every model that sites train has one."""

@@ -5,30 +5,27 @@ Each patient contributes its standardised phenotypes x, shortened to norm R, as 
     ( sqrt(w) · x / R ,  sqrt(1 - w) · vech(x xᵀ) / R² )
 
 where vech keeps the diagonal and sqrt(2) times one triangle, so that its norm is that of the
-matrix. The vector's norm is at most 1, so the noisy sum of
-:mod:`fedcmr_shared.privacy.mechanism` with clip norm 1 makes the release one step of the Gaussian
-mechanism with sampling rate 1 (Dwork et al., Analyze Gauss, STOC 2014, does the same for the second
-moments alone). What follows from the release costs nothing more.
+matrix. The vector's norm is at most 1. Dwork et al. (Analyze Gauss, STOC 2014) do the same for the
+second moments alone. 82 phenotypes give 82 + 3,403 = 3,485 numbers.
 
-82 phenotypes give 82 + 3,403 = 3,485 numbers, in a single step.
+A job releases them by the private step that trains networks. The loss of a patient is the negative
+product of its vector with the parameters, so that its gradient is the negative vector: one step of
+plain descent from zero, with learning rate 1, sampling rate 1 and clip norm 1, makes the parameters
+the noisy mean vector. What follows from the release costs nothing more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedcmr_shared.errors import ConfigurationError, ModelError
-from fedcmr_shared.models.standardisation import Standardisation
-from fedcmr_shared.privacy.mechanism import ClippedSum, Mechanism, noisy_mean
-from fedcmr_shared.schemas.ledger import Release
+from fedcmr_shared.models.standardisation import PhenotypeScale, Standardisation
 
-_CLIP: Final = 1.0
 _LEAST_VARIANCE: Final = 1e-4  # of a direction, where noise or too few patients leave less
 
 
@@ -39,7 +36,7 @@ class MomentsConfig:
     Without ``radius`` it is sqrt(1.5 · number of phenotypes), which few healthy patients exceed.
     """
 
-    standardisation: Standardisation
+    standardisation: Standardisation = field(default_factory=Standardisation.of_priors)
     radius: float | None = None
     mean_share: float = 0.2
 
@@ -61,6 +58,10 @@ class MomentsConfig:
         return width + width * (width + 1) // 2
 
 
+CONFIGS: Final[dict[str, MomentsConfig]] = dict.fromkeys(("tiny", "small", "paper"), MomentsConfig())
+"""Configurations by size, which are all the same."""
+
+
 def contribution(values: Tensor, config: MomentsConfig) -> Tensor:
     """Return one patient's vector of norm at most 1, float64 ``[config.numbers]``.
 
@@ -80,40 +81,6 @@ def contribution(values: Tensor, config: MomentsConfig) -> Tensor:
     products = x[rows] * x[columns] * factor
     share = config.mean_share
     return torch.cat([math.sqrt(share) * x, math.sqrt(1 - share) * products])
-
-
-def noisy_moments(
-    patients: Iterable[Tensor],
-    config: MomentsConfig,
-    *,
-    noise_multiplier: float,
-    cohort_size: float,
-) -> Tensor:
-    """Return the noisy mean contribution of ``patients``, float64 ``[config.numbers]``.
-
-    Every call is a release, which :func:`release_of` describes to a ledger. Sites' results with
-    equal cohort sizes are averaged. A patient with an infinite phenotype counts as zero.
-
-    Args:
-        patients: phenotypes in their units, one vector ``[names]`` for each patient.
-        config: what is released.
-        noise_multiplier: standard deviation of the noise on the sum, whose sensitivity is 1.
-        cohort_size: public number by which the sum is divided.
-
-    Raises:
-        ConfigurationError: noise or cohort size is not positive and finite.
-    """
-    mechanism = Mechanism(_CLIP, noise_multiplier, cohort_size)
-    shape = torch.Size([config.numbers])
-    total = ClippedSum(torch.zeros(shape, dtype=torch.float64), [shape])
-    for values in patients:
-        total.add([contribution(values, config)], mechanism)
-    return noisy_mean(total, mechanism)
-
-
-def release_of(noise_multiplier: float) -> Release:
-    """Return what one call of :func:`noisy_moments` costs a patient."""
-    return Release(sampling_rate=1.0, noise_multiplier=noise_multiplier, steps=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,6 +122,36 @@ class PhenotypeGaussian:
         )
         factor = torch.linalg.cholesky(self.covariance)
         return self.standardisation.undo(self.mean + noise.to(factor) @ factor.T)
+
+
+class PhenotypeMoments(nn.Module):
+    """The released numbers as a network's parameters ``moments [config.numbers]``; zero at first."""
+
+    def __init__(self, config: MomentsConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.scale = PhenotypeScale(config.standardisation)
+        self.moments = nn.Parameter(torch.zeros(config.numbers))
+
+    def forward(self, values: Tensor, noise: Tensor) -> Tensor:
+        """Return each patient's loss ``[batch]``, whose gradient is its negative contribution.
+
+        Args:
+            values: ``[batch, names]`` in the phenotypes' units, NaN where missing.
+            noise: ``[batch, 0]``: unlike an autoencoder of phenotypes there is nothing to draw.
+        """
+        rows = torch.stack([contribution(row, self.config) for row in values])
+        return -(rows.to(self.moments) @ self.moments)
+
+    @torch.no_grad()
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Return ``count`` vectors of phenotypes ``[count, names]`` in their units.
+
+        Raises:
+            ModelError: the moments are not finite.
+        """
+        fitted = PhenotypeGaussian.of(self.moments.double().cpu(), self.config)
+        return fitted.sample(count, generator)
 
 
 def _triangle(width: int) -> tuple[Tensor, Tensor, Tensor]:

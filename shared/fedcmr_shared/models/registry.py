@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from fedcmr_shared.errors import ModelError
-from fedcmr_shared.models import cardiomm, cpgg, phenotype_vae
+from fedcmr_shared.models import cardiomm, cpgg, phenotype_gaussian, phenotype_vae
 from fedcmr_shared.models.lora import add_lora
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, Part
 from fedcmr_shared.schemas.privacy import Metric
@@ -99,6 +99,8 @@ _PHENOTYPE_VAE_PARTS: Final[dict[Part, Callable[[str], bool]]] = {
     "adapters": _names(r"^(encoder|decoder)\.\d+\.1\."),  # layer norms
 }
 
+_MOMENTS_PARTS: Final[dict[Part, Callable[[str], bool]]] = {"full": _names(r"^moments$")}
+
 _WITHOUT_WORDS: Final = ("MM",)  # the default of a job, which does not matter to them
 
 _MODELS: Final[dict[str, ModelEntry]] = {
@@ -121,6 +123,16 @@ _MODELS: Final[dict[str, ModelEntry]] = {
             r"^generator\..*\.(attention|attention_out|modulation)$",
         ),
         scores=("memorisation",),
+    ),
+    "phenotype-gaussian": ModelEntry(
+        description="normal distribution of phenotypes from one private release",
+        sizes=tuple(phenotype_gaussian.CONFIGS),
+        variants=_WITHOUT_WORDS,
+        build=lambda spec: phenotype_gaussian.PhenotypeMoments(
+            phenotype_gaussian.CONFIGS[spec.size]
+        ),
+        parts=_MOMENTS_PARTS,
+        updated=lambda name: False,
     ),
     "phenotype-vae": ModelEntry(
         description="vectors of phenotypes for cpgg (arXiv 2505.03426)",

@@ -26,7 +26,7 @@ def _fields(model: BaseModel, indent: str) -> list[str]:
             lines += [f"{indent}{name}:", *_fields(part, indent + "  ")]
         else:
             # The list makes YAML write one line, without the mark that ends a document.
-            value = yaml.safe_dump([values[name]], default_flow_style=True, width=10_000)
+            value = yaml.safe_dump([values.get(name, part)], default_flow_style=True, width=10_000)
             lines.append(f"{indent}{name}: {value.strip()[1:-1]}")
         if not indent:
             lines.append("")
