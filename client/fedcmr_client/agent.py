@@ -50,7 +50,7 @@ from fedcmr_shared.errors import ConfigurationError, JobRefused
 from fedcmr_shared.federation.messages import Scores, Task, Update
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.cpgg import CPGG
-from fedcmr_shared.privacy.evaluation import energy_totals, noisy_totals, outcome_totals
+from fedcmr_shared.privacy.evaluation import energy_totals, gate_totals, noisy_totals
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Phase
 from fedcmr_shared.schemas.privacy import Metric, PrivacySpec
@@ -266,7 +266,7 @@ class SiteAgent:
         with closing(self.home.open_ledger()) as ledger, self.home.open_store() as store:
             training = self._members(ledger, store, job, "train")
         gate = CopyGate(model, job.model.size, self.home.policy.device)
-        return outcome_totals(gate.outcome(training, validation))
+        return gate_totals(gate.outcome(training, validation))
 
     def _close_after_last(self, ledger: Ledger, job: JobSpec, phase: Phase, number: int) -> None:
         evaluated = job.evaluated_rounds()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from fedcmr_server.losses import Loss
-from fedcmr_server.words import METRICS, PHASES, outcomes_text, plural, seconds_text
+from fedcmr_server.words import METRICS, PHASES, plural, seconds_text
 
 _Values = Mapping[str, Any]
 
@@ -39,9 +39,9 @@ def _evaluation(values: _Values) -> str:
     number = values.get("round")
     if values.get("closed"):
         return f"round {number} scored: the sum could not be opened"
-    gate = values.get("memorisation")
-    if isinstance(gate, dict):
-        return f"memorisation gate after round {number}: {outcomes_text(gate)}"
+    if isinstance(values.get("gates_passed"), int):
+        passed, sites = values["gates_passed"], plural(values.get("sites") or 0, "site")
+        return f"memorisation gates after round {number}: passed at {passed} of {sites}"
     found = [
         f"{score.name} {score.text(values[name])}"
         for name, score in METRICS.items()

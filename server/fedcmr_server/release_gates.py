@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from fedcmr_server.words import outcomes_text, plural
+from fedcmr_server.words import plural
 from fedcmr_shared.models.bundle import Bundle
 from fedcmr_shared.models.card import GateResult
 from fedcmr_shared.schemas.job import JobSpec
@@ -28,8 +28,9 @@ class ReleaseGate(Protocol):
 class MemorisationGate:
     """Passes when the gate of every site passed on the job's last model.
 
-    A site that could not decide, with fewer than 60 validation patients, refuses as one does that
-    found copies; so does a sum that could not be opened, or one over too few sites.
+    A site that could not decide, with fewer than 60 validation patients, counts as one that found
+    copies, and nobody outside can tell which it was; a sum that could not be opened or is over too
+    few sites refuses as well.
     """
 
     def check(self, job: JobSpec, bundle: Bundle, events: Events) -> GateResult:
@@ -40,16 +41,15 @@ class MemorisationGate:
             if event["event"] == "evaluation"
             and event.get("round") == job.rounds
             and not event.get("closed")
-            and isinstance(event.get("memorisation"), dict)
+            and isinstance(event.get("gates_passed"), int)
         ]
         if not found:
             return _result(False, "the sites' gates were not opened after the last round")
-        counts, sites = found[-1]["memorisation"], found[-1]["sites"]
-        passed = counts.get("passed", 0)
+        passed, sites = found[-1]["gates_passed"], found[-1]["sites"]
         if sites < job.minimum_sites:
             text = f"{plural(sites, 'site')} answered; the job asks for {job.minimum_sites}"
             return _result(False, text)
-        text = f"of {plural(sites, 'site')}: {outcomes_text(counts)}; epsilon does not cover this"
+        text = f"passed at {passed} of {plural(sites, 'site')}; epsilon does not cover this"
         return _result(passed == sites, text)
 
 

@@ -240,7 +240,7 @@ def _evaluation(job: JobSpec, events: Sequence[Mapping[str, Any]]) -> tuple[Eval
         )
         for event in events
         if event["event"] == "evaluation" and not event.get("closed")
-        if "memorisation" not in event
+        if "gates_passed" not in event
     }
     return tuple(found[number] for number in sorted(found))
 

@@ -20,7 +20,7 @@ from fedcmr_server.robust import combine, euclidean_norm, require_enough, screen
 from fedcmr_shared.federation.messages import Task
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
-from fedcmr_shared.privacy.evaluation import energy_kwh, histograms, mean_scores, outcomes
+from fedcmr_shared.privacy.evaluation import energy_kwh, gates_passed, histograms, mean_scores
 from fedcmr_shared.privacy.parts import trainable_names
 from fedcmr_shared.schemas.job import JobSpec
 
@@ -132,10 +132,10 @@ def _evaluate(answers: SiteAnswers, run: JobRun, task: Task) -> None:
 
 def _figures(totals: Mapping[str, Tensor]) -> dict[str, Any]:
     """Means over all sites' patients and their histograms, or how many sites' gates passed."""
-    energy, gate = energy_kwh(totals), outcomes(totals)
+    energy, passed = energy_kwh(totals), gates_passed(totals)
     found: dict[str, Any] = {} if energy is None else {"energy_kwh": energy}
-    if gate:
-        return found | {"memorisation": gate}
+    if passed is not None:
+        return found | {"gates_passed": passed}
     found |= mean_scores(totals)
     counted = histograms(totals)
     if counted:

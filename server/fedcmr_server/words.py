@@ -48,11 +48,6 @@ PHASES: Final[Mapping[str, str]] = {"train": "training", "evaluate": "scoring"}
 """What the sites are at."""
 
 
-def outcomes_text(outcomes: Mapping[str, int]) -> str:
-    """Return how the sites' memorisation gates came out, such as ``3 passed, 1 undecided``."""
-    return ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items() if count) or "none"
-
-
 def plural(count: int, one: str, many: str | None = None) -> str:
     """Return a count with its noun, such as ``1 site`` or ``4 sites``."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"

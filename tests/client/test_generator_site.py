@@ -18,6 +18,7 @@ from fedcmr_client.agent import SiteAgent
 from fedcmr_client.cine import Heart, cine_of, heart_cycles, read_heart, read_phenotypes
 from fedcmr_client.copy_gate import TRIES, CopyGate
 from fedcmr_client.dataset import Cohort
+from fedcmr_client.energy import Circumstances, Energy, EnergyLog, JobEnergy
 from fedcmr_client.latents import LatentCache
 from fedcmr_client.objectives import training_objective
 from fedcmr_client.private_trainer import gradient_engine
@@ -32,7 +33,7 @@ from fedcmr_shared.models.copy_detector import CopyDetectorConfig
 from fedcmr_shared.models.cpgg import CONFIGS, CPGG
 from fedcmr_shared.models.phenotype_gaussian import MomentsConfig, contribution
 from fedcmr_shared.models.registry import build_model
-from fedcmr_shared.privacy.evaluation import outcome_totals, outcomes
+from fedcmr_shared.privacy.evaluation import energy_kwh, gate_totals, gates_passed
 from fedcmr_shared.privacy.mechanism import Mechanism
 from fedcmr_shared.privacy.parts import trainable_names
 from fedcmr_shared.schemas.job import JobSpec, ModelSpec, Part, TrainingSpec
@@ -248,7 +249,6 @@ def test_batched_engines_agree_with_one_patient_at_a_time(engine: str, home: Sit
 
 
 def test_latents_are_sealed_and_read_again(home: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
-    site = SiteAgent(home)
     cache, scans = home.latents(JOB), records(home.policy.store)
     model = build_model(JOB.model)
     objective = training_objective(model, JOB, home, "cpu")
@@ -264,9 +264,6 @@ def test_latents_are_sealed_and_read_again(home: SiteHome, monkeypatch: pytest.M
     stranger = LatentCache(cache.folder, cache.job, bytes(32))
     with pytest.raises(LedgerError, match="it is computed again"):
         stranger.latents(patient, scans[:1], objective._autoencoder_sha256, lambda: None)
-    monkeypatch.undo()
-    site.noised_update(task())
-    assert len(kept(home)) <= 3
 
 
 def test_another_scan_or_autoencoder_means_other_latents(home: SiteHome) -> None:
@@ -312,10 +309,14 @@ def test_latents_go_with_the_job_and_with_the_patient(
 # The gate
 
 
-def test_too_few_patients_cannot_decide_and_say_nothing_else(home: SiteHome) -> None:
-    scores = SiteAgent(home).noised_scores(task(number=2))
-    assert outcomes(scores.totals) == {"passed": 0, "failed": 0, "undecided": 1}
-    assert scores.totals.keys() == outcome_totals("passed").keys()
+def test_too_few_patients_cannot_decide_and_say_nothing_else(
+    home: SiteHome, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "fedcmr.site"):
+        scores = SiteAgent(home).noised_scores(task(number=2))
+    assert gates_passed(scores.totals) == 0
+    assert scores.totals.keys() == gate_totals("passed").keys()
+    assert "cannot decide: 2 validation and 3 training patients" in caplog.text
 
 
 def test_the_site_must_list_the_gate(clips: Path, make_home: Callable[..., SiteHome]) -> None:
@@ -362,6 +363,54 @@ def test_the_gate_starts_three_times_at_most(
     monkeypatch.undo()
     with pytest.raises(JobRefused, match="3 times"):
         site.noised_scores(task(number=2))
+
+
+@pytest.mark.parametrize(
+    ("energy", "expected"),
+    [
+        ({"country": "DEU"}, 0.3),  # rounded up, and once
+        ({"country": "DEU", "report_total": False}, 0.0),
+        (None, 0.0),
+    ],
+)
+def test_energy_leaves_rounded_and_at_the_end(
+    energy: dict[str, Any] | None,
+    expected: float,
+    clips: Path,
+    make_home: Callable[..., SiteHome],
+) -> None:
+    assert JOB.privacy is not None
+    asked = GATE.model_copy(update={"energy_total": True})
+    job = JOB.model_copy(update={"privacy": JOB.privacy.model_copy(update={"evaluation": asked})})
+    home = open_home(clips, make_home, energy=energy)
+    spent = JobEnergy(measured=(joules(0.21),), unmeasured_pieces=0, unmeasured_seconds=0.0)
+    EnergyLog.beside(home.policy.ledger.folder).add(job.sha256, spent)
+    update = SiteAgent(home).noised_update(task(job))
+    assert "energy/kwh" not in update.delta
+    scores = SiteAgent(home).noised_scores(task(job, 2))
+    assert energy_kwh(scores.totals) == expected
+
+
+def joules(kwh: float) -> Energy:
+    under = Circumstances(
+        country="DEU",
+        g_per_kwh=381.0,
+        intensity_year=2023,
+        pue=1.0,
+        watts_per_thread=4.0,
+        hardware="a machine",
+        interfaces=(),
+        tool="none",
+    )
+    return Energy(
+        circumstances=under,
+        seconds=60.0,
+        cpu_seconds=60.0,
+        processor_kwh=kwh,
+        gpu_kwh=0.0,
+        memory_kwh=0.0,
+        kg_co2e=0.381 * kwh,
+    )
 
 
 class Copier(CPGG):

@@ -32,14 +32,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return load_bundle(path)
 
 
-def evaluation(round_number: int = 2, sites: int = 3, **outcomes: int) -> dict[str, Any]:
-    counts = {"passed": 0, "failed": 0, "undecided": 0} | outcomes
+def evaluation(passed: int, round_number: int = 2, sites: int = 3) -> dict[str, Any]:
     return {
         "event": "evaluation",
         "round": round_number,
         "sites": sites,
         "closed": False,
-        "memorisation": counts,
+        "gates_passed": passed,
     }
 
 
@@ -49,25 +48,23 @@ def test_every_model_that_sites_train_has_gates() -> None:
 
 
 def test_all_sites_must_pass(bundle: Bundle) -> None:
-    found = MemorisationGate().check(JOB, bundle, [evaluation(passed=3)])
+    found = MemorisationGate().check(JOB, bundle, [evaluation(3)])
     assert found.passed
-    assert found.text == "of 3 sites: 3 passed; epsilon does not cover this"
+    assert found.text == "passed at 3 of 3 sites; epsilon does not cover this"
 
 
 @pytest.mark.parametrize(
     ("events", "reason"),
     [
         ([], "not opened"),
-        ([evaluation(passed=2, failed=1)], "2 passed, 1 failed"),
-        ([evaluation(passed=2, undecided=1)], "2 passed, 1 undecided"),
-        ([evaluation(undecided=3)], "3 undecided"),
-        ([evaluation(passed=2)], "2 passed"),  # one of the three said nothing
-        ([evaluation(sites=2, passed=2)], "2 sites answered; the job asks for 3"),
-        ([evaluation(round_number=1, passed=3)], "not opened"),
-        ([evaluation(passed=3) | {"closed": True}], "not opened"),
+        ([evaluation(2)], "passed at 2 of 3 sites"),
+        ([evaluation(0)], "passed at 0 of 3 sites"),
+        ([evaluation(2, sites=2)], "2 sites answered; the job asks for 3"),
+        ([evaluation(3, round_number=1)], "not opened"),
+        ([evaluation(3) | {"closed": True}], "not opened"),
         ([{"event": "evaluation", "round": 2, "sites": 3, "psnr": 30.0}], "not opened"),
         # The newest word counts.
-        ([evaluation(passed=3), evaluation(passed=2, failed=1)], "1 failed"),
+        ([evaluation(3), evaluation(2)], "passed at 2 of 3 sites"),
     ],
 )
 def test_everything_else_refuses(bundle: Bundle, events: list[dict[str, Any]], reason: str) -> None:

@@ -13,9 +13,15 @@ from torch import Tensor
 from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.privacy import evaluation
 from fedcmr_shared.privacy.evaluation import (
+    ENERGY,
+    PASSED,
     SCORE_RANGES,
     UNPROTECTED,
     Histogram,
+    energy_kwh,
+    energy_totals,
+    gate_totals,
+    gates_passed,
     histograms,
     mean_scores,
     noisy_totals,
@@ -250,3 +256,54 @@ class TestBound:
         exact = noisy_totals(PATIENTS, UNPROTECTED.metrics, None)
         assert totals_layout(JobSpec()).keys() == exact.keys()
         assert {name.partition("/")[0] for name in exact} == set(NAMES)
+
+
+GATE = {"noise_multiplier": None, "metrics": ("memorisation",)}
+
+
+class TestGate:
+    def test_one_bit_leaves(self) -> None:
+        sites = [gate_totals(outcome) for outcome in ("passed", "failed", "undecided", "passed")]
+        assert [float(each[PASSED]) for each in sites] == [1.0, 0.0, 0.0, 1.0]
+        assert values(sites[1]) == values(sites[2])  # nobody can tell these apart
+        assert gates_passed(added(*sites)) == 2
+        assert gates_passed(noisy_totals(PATIENTS, NAMES, None)) is None
+
+    def test_its_layout_is_that_bit(self) -> None:
+        assert totals_layout(job(**GATE)) == {PASSED: (1, 1.0)}
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"noise_multiplier": 1.0},
+            {"rounds": "all"},
+            {"rounds": "none"},
+            {"histogram_bins": 4},
+            {"metrics": ("memorisation", "psnr")},
+        ],
+    )
+    def test_it_stands_alone(self, change: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="memorisation is one bit after the last round"):
+            EvaluationSpec(**(GATE | change))
+
+
+class TestEnergy:
+    def test_terms_add_up_beside_scores_and_gates(self) -> None:
+        for asked in ({}, GATE):
+            layout = totals_layout(job(energy_total=True, **asked))
+            assert layout.pop(ENERGY) == (1, JobSpec().resources.energy_kwh)
+            assert layout == totals_layout(job(**asked))
+        sites = [noisy_totals(PATIENTS, NAMES, None) | energy_totals(kwh) for kwh in (0.1, 0.0, 2)]
+        total = added(*sites)
+        assert energy_kwh(total) == 2.1
+        assert mean_scores(total) == mean_scores({k: v for k, v in total.items() if k != ENERGY})
+        assert energy_kwh(gate_totals("passed")) is None
+
+    def test_a_job_that_does_not_ask_keeps_its_identity(self) -> None:
+        assert "energy_total" not in job().model_dump_json()
+        assert job(energy_total=True).sha256 != job().sha256
+
+    def test_a_site_by_itself_is_never_asked(self) -> None:
+        asked = PrivacySpec(evaluation=EvaluationSpec(energy_total=True))
+        with pytest.raises(ValueError, match="energy_total needs a secure sum"):
+            JobSpec(privacy=asked, aggregation="plain_with_local_dp")

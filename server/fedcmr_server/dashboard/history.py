@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -52,8 +52,8 @@ class Attempt:
 class Evaluation:
     """Means of scores over the patients of all sites, after a round.
 
-    ``gate`` counts sites by the outcome of their memorisation gate, ``energy_kwh`` is what the job
-    took at all sites together, where it asks for that.
+    ``gates_passed`` counts sites whose memorisation gate passed, ``energy_kwh`` is what the job took
+    at all sites together, where it asks for that.
     """
 
     round: int
@@ -62,7 +62,7 @@ class Evaluation:
     seconds: float
     bytes_up: int
     bytes_down: int
-    gate: Mapping[str, int] = field(default_factory=dict)
+    gates_passed: int | None = None
     energy_kwh: float = math.nan
 
 
@@ -142,7 +142,6 @@ def _training(values: Mapping[str, Any]) -> Training:
 
 
 def _evaluation(values: Mapping[str, Any]) -> Evaluation:
-    gate = values.get("memorisation")
     return Evaluation(
         round=_count(values, "round"),
         values={name: _number(values, name) for name in METRICS if name in values},
@@ -150,7 +149,7 @@ def _evaluation(values: Mapping[str, Any]) -> Evaluation:
         seconds=_number(values, "seconds"),
         bytes_up=_count(values, "bytes_up"),
         bytes_down=_count(values, "bytes_down"),
-        gate={str(k): int(v) for k, v in gate.items()} if isinstance(gate, dict) else {},
+        gates_passed=_count(values, "gates_passed") if "gates_passed" in values else None,
         energy_kwh=_number(values, "energy_kwh"),
     )
 

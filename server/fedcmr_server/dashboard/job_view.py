@@ -29,7 +29,6 @@ from fedcmr_server.words import (
     PHASES,
     ago,
     bytes_text,
-    outcomes_text,
     plural,
     seconds_text,
     utc,
@@ -292,9 +291,11 @@ def _energy(spec: JobSpec | None, history: History) -> Figure:
 
 
 def _gate(history: History) -> Iterable[Figure]:
-    found = [each for each in history.evaluations if each.gate]
+    found = [each for each in history.evaluations if each.gates_passed is not None]
     if found:
-        yield Figure("memorisation gate", outcomes_text(found[-1].gate), "sites, by outcome")
+        last = found[-1]
+        told = f"{last.gates_passed} of {last.sites}"
+        yield Figure("memorisation gates", told, "sites where it passed")
 
 
 def _facts(job: JobRow, spec: JobSpec | None) -> tuple[Figure, ...]:

@@ -17,9 +17,9 @@ Gaussian noise of standard deviation sigma · sqrt(m · k) on every coordinate m
 Gaussian mechanism of noise multiplier sigma with sampling rate 1. A metric that a site does not
 let out is zero for all its patients, which moves the vector by less.
 
-The outcome of a generator's memorisation gate leaves by the same way, as three numbers of which one
-is 1: ``memorisation/passed``, ``memorisation/failed``, ``memorisation/undecided``. Their sums have no
-noise and no epsilon, which every claim says.
+The outcome of a generator's memorisation gate leaves by the same way, as one bit:
+``memorisation/passed`` is 1 where the gate passed, and 0 where it failed or could not decide. It has no
+noise and no epsilon, which every claim says. So has ``energy/kwh``, where a job asks for it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, get_args
+from typing import Final
 
 import numpy as np
 import torch
@@ -51,6 +51,9 @@ UNPROTECTED: Final = EvaluationSpec(
     noise_multiplier=None, rounds="all", metrics=("psnr", "ssim", "nmse")
 )
 """What a simulated job without privacy evaluates."""
+
+PASSED: Final = "memorisation/passed"
+"""Name of the total that counts the sites whose memorisation gate passed."""
 
 ENERGY: Final = "energy/kwh"
 """Name of the total of the energy that a job took, each site's term rounded up."""
@@ -79,7 +82,7 @@ def totals_layout(job: JobSpec) -> dict[str, tuple[int, float]]:
     spec = UNPROTECTED if job.privacy is None else job.privacy.evaluation
     energy = {ENERGY: (1, job.resources.energy_kwh)} if spec.energy_total else {}
     if spec.memorisation:
-        return dict.fromkeys(outcome_totals("passed"), (1, 1.0)) | energy
+        return {PASSED: (1, 1.0)} | energy
     noise = (spec.noise_multiplier or 0.0) * sensitivity(len(spec.metrics), spec.histogram_bins)
     patients = spec.cohort_size * max(SIZE_CLASS_WEIGHTS.values())
     bound = _ROOM * patients + _NOISE_DEVIATIONS * noise
@@ -131,29 +134,15 @@ def energy_kwh(totals: Mapping[str, Tensor]) -> float | None:
     return None if total is None else round(float(total), 1)
 
 
-def outcome_totals(outcome: Outcome) -> dict[str, Tensor]:
-    """Return one site's totals for the outcome of its memorisation gate, without noise."""
-    return {
-        f"memorisation/{each}": torch.tensor([float(each == outcome)], dtype=torch.float64)
-        for each in get_args(Outcome)
-    }
+def gate_totals(outcome: Outcome) -> dict[str, Tensor]:
+    """Return one site's bit, without noise: 1 if its memorisation gate passed, else 0."""
+    return {PASSED: torch.tensor([float(outcome == "passed")], dtype=torch.float64)}
 
 
-def outcomes(totals: Mapping[str, Tensor]) -> dict[Outcome, int]:
-    """Return how many sites came to each outcome; empty when the totals are none of a gate.
-
-    Raises:
-        ConfigurationError: the totals of the gate are not complete.
-    """
-    if not any(name.startswith("memorisation/") for name in totals):
-        return {}
-    found: dict[Outcome, int] = {}
-    for outcome in get_args(Outcome):
-        total = totals.get(f"memorisation/{outcome}")
-        if total is None or total.numel() != 1:
-            raise ConfigurationError(f"the totals have no single memorisation/{outcome}")
-        found[outcome] = round(float(total))
-    return found
+def gates_passed(totals: Mapping[str, Tensor]) -> int | None:
+    """Return at how many sites the gate passed; None when the totals are none of a gate."""
+    total = totals.get(PASSED)
+    return None if total is None else round(float(total))
 
 
 def mean_scores(totals: Mapping[str, Tensor]) -> dict[str, float]:
