@@ -201,6 +201,18 @@ def test_a_round_of_moments_is_the_mean_of_the_patients(
     torch.testing.assert_close(update.delta["moments"].double(), expected, atol=1e-6, rtol=1e-4)
 
 
+def test_noise_may_be_shared_where_the_policy_lets_it(
+    clips: Path, make_home: Callable[..., SiteHome]
+) -> None:
+    document = JOB.model_dump()
+    document["privacy"]["distributed"] = {"unseen_sites": 1}
+    job = JobSpec.model_validate(document | {"minimum_sites": 4})
+    home = open_home(clips, make_home, allow_distributed_noise=True)
+    update = SiteAgent(home).noised_update(task(job))
+    assert {delta.dtype for delta in update.delta.values()} == {torch.int64}
+    assert any(bool(delta.any()) for delta in update.delta.values())
+
+
 @pytest.mark.parametrize("part", ["prompts", "adapters", "decoder", "lora"])
 def test_a_patient_moves_the_sum_by_the_clip_norm_at_most(part: Part, home: SiteHome) -> None:
     rank = 2 if part == "lora" else 0

@@ -246,6 +246,19 @@ def test_energy_is_the_most_that_the_job_declares_for_a_site() -> None:
     assert next(each.value for each in page.totals if each.name == "energy") == "≤ 2.5 kWh"
 
 
+def test_energy_of_all_sites_and_passed_gates_are_shown_where_a_job_has_them() -> None:
+    events = [
+        event("evaluation", round=1, sites=3, psnr=30.0, energy_kwh=0.3),
+        event("evaluation", round=2, sites=3, gates_passed=2, energy_kwh=1.25),
+    ]
+    figures = {each.name: each for each in job_page(JobRows(job_row(), [], events), NOW).totals}
+    assert figures["energy"].value == "1.2 kWh"
+    assert figures["energy"].note == "all sites together, rounded up"
+    assert figures["memorisation gates"].value == "2 of 3"
+    scored = job_page(JobRows(job_row(), [], events[:1]), NOW)
+    assert "memorisation gates" not in {each.name for each in scored.totals}
+
+
 # Jobs
 
 

@@ -40,6 +40,11 @@ def loss(site: str, fault: str, reason: str = "") -> dict[str, str]:
         ("evaluation", {"round": 1}, "round 1 scored: no figure"),
         (
             "evaluation",
+            {"round": 2, "sites": 3, "gates_passed": 2},
+            "memorisation gates after round 2: passed at 2 of 3 sites",
+        ),
+        (
+            "evaluation",
             {"round": 3, "closed": True},
             "round 3 scored: the sum could not be opened",
         ),
@@ -86,7 +91,7 @@ def test_an_event_without_its_values_is_a_line_all_the_same(name: str) -> None:
 
 def test_every_fault_and_score_has_its_words() -> None:
     assert set(FAULTS) == set(get_args(Fault))
-    assert set(METRICS) == set(get_args(Metric))
+    assert set(METRICS) | {"memorisation"} == set(get_args(Metric))  # which is one bit, no score
     assert (
         Loss("elm", "keys", "from-the-future").meaning == "a code that this version does not know"
     )
