@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from fedcmr_shared.errors import DataError
 from fedcmr_shared.metrics.generation import (
+    FeatureSample,
+    FeatureSpace,
     adherence,
     compare_tables,
+    distance,
     diversity,
     frechet_distance,
     kernel_distance,
@@ -95,6 +98,48 @@ class TestDistances:
         assert callable(distance)
         with pytest.raises(DataError, match=problem):
             distance(first, second)
+
+
+def sample(values: np.ndarray, extractor: str = "ours", sha256: str = "a") -> FeatureSample:
+    return FeatureSample(FeatureSpace(extractor, values.shape[1], "none", sha256), values)
+
+
+class TestComparing:
+    def test_distances_of_one_space_and_size_have_an_order(self) -> None:
+        real, near, far = (
+            sample(gaussian(m, 1, 50, seed=s)) for m, s in ((0, 0), (0.5, 1), (2, 2))
+        )
+        one, other = distance(real, near), distance(real, far)
+        assert one < other
+        assert other > one
+        assert other - one == pytest.approx(other.frechet - one.frechet)
+        assert one.samples == (50, 50)
+        assert one.frechet == frechet_distance(real.values, near.values)
+        assert one.kernel == kernel_distance(real.values, near.values)
+
+    @pytest.mark.parametrize("change", [{"extractor": "theirs"}, {"sha256": "b"}])
+    def test_other_extractors_and_other_weights_are_refused(self, change: dict[str, str]) -> None:
+        values = gaussian(0, 1, 20)
+        ours, theirs = (
+            distance(sample(values, **c), sample(values + 1, **c)) for c in ({}, change)
+        )
+        with pytest.raises(DataError, match="different features cannot be compared"):
+            _ = ours - theirs
+        with pytest.raises(DataError, match="different features cannot be compared"):
+            _ = ours < theirs
+        with pytest.raises(DataError, match="have no distance"):
+            distance(sample(values), sample(values, **change))
+
+    def test_other_numbers_of_samples_are_refused_as_fewer_are_further_away(self) -> None:
+        many = distance(sample(gaussian(0, 1, 200)), sample(gaussian(0, 1, 200, seed=1)))
+        few = distance(sample(gaussian(0, 1, 20)), sample(gaussian(0, 1, 20, seed=1)))
+        assert few.frechet > 3 * many.frechet
+        with pytest.raises(DataError, match="Use as many for both"):
+            _ = few - many
+
+    def test_features_have_the_dimensions_of_their_space(self) -> None:
+        with pytest.raises(DataError, match=r"ours gives \[sample, 4\]"):
+            FeatureSample(FeatureSpace("ours", 4, "none"), np.zeros((5, 3)))
 
 
 class TestDiversity:

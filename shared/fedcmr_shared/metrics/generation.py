@@ -1,14 +1,16 @@
 """How generated clips compare with real ones: realism, diversity, motion and obedience.
 
-Distances are between features that somebody else extracted, and mean something only beside others
-of the same extractor, number of samples and preprocessing: never compare them with a paper's FID or
-FVD. Each metric has a known damage that it must notice; see `tests/shared/test_generation.py`.
+Distances are between features of :mod:`fedcmr_shared.metrics.clip_features`, and mean something only
+beside others of the same extractor, number of samples and preprocessing: never compare them with a
+paper's FID or FVD. `Distance` refuses it. Each metric has a known damage that it must notice; see
+`tests/shared/test_generation.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -30,6 +32,94 @@ Clip = NDArray[np.floating]
 _KERNEL_DEGREE: Final = 3
 _SCALES: Final = (0.0448, 0.2856, 0.3001)  # of Wang et al.'s five, those that fit 96 pixels
 _WINDOW: Final = 11
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """What features are: ``sha256`` is that of the extractor's weights, empty where it has none."""
+
+    extractor: str
+    dimensions: int
+    preprocessing: str
+    sha256: str = ""
+
+    def __str__(self) -> str:
+        weights = f", weights {self.sha256[:12]}" if self.sha256 else ""
+        return f"{self.extractor} ({self.dimensions} dimensions{weights}; {self.preprocessing})"
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSample:
+    """Features ``[sample, dimension]`` of one set of clips.
+
+    ``unmeasured`` counts the clips that gave none, as no heart was found in them: a distance cannot
+    see them, so look at both.
+
+    Raises:
+        DataError: ``values`` do not have the dimensions of ``space``.
+    """
+
+    space: FeatureSpace
+    values: Features
+    unmeasured: int = 0
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or self.values.shape[1] != self.space.dimensions:
+            raise DataError(
+                f"features of shape {self.values.shape}: {self.space.extractor} gives "
+                f"[sample, {self.space.dimensions}]"
+            )
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A distance of two feature samples, relative to others of the same space and sizes only.
+
+    Fewer samples make ``frechet`` larger, hence the sizes: a difference asks for equal ones.
+    """
+
+    space: FeatureSpace
+    samples: tuple[int, int]
+    frechet: float
+    kernel: float
+
+    def __sub__(self, other: Distance) -> float:
+        """Return by how much the Fréchet distance is larger.
+
+        Raises:
+            DataError: the other distance is of another space or other numbers of samples.
+        """
+        if self.space != other.space:
+            raise DataError(
+                f"distances in different features cannot be compared: {self.space} and "
+                f"{other.space}. Measure both with one extractor"
+            )
+        if self.samples != other.samples:
+            raise DataError(
+                f"distances between {self.samples} and {other.samples} samples cannot be "
+                "compared: fewer samples make it larger. Use as many for both"
+            )
+        return self.frechet - other.frechet
+
+    def __lt__(self, other: Distance) -> bool:
+        """Tell whether this distance is smaller; raises as a difference does."""
+        return self - other < 0
+
+
+def distance(first: FeatureSample, second: FeatureSample) -> Distance:
+    """Return Fréchet and kernel distance of two samples.
+
+    Raises:
+        DataError: they are of different spaces, or have fewer than two rows.
+    """
+    if first.space != second.space:
+        raise DataError(f"features of {first.space} and {second.space} have no distance")
+    return Distance(
+        space=first.space,
+        samples=(len(first.values), len(second.values)),
+        frechet=frechet_distance(first.values, second.values),
+        kernel=kernel_distance(first.values, second.values),
+    )
 
 
 def frechet_distance(first: Features, second: Features) -> float:
