@@ -412,7 +412,7 @@ class TestCommand:
             (("--phenotype", "LVFE=35"), "did you mean LVEF"),
             (("--phenotype", "LVEF=99"), "plausible range 11 to 82 %"),
             (("--steps", 0), "steps 0 must be at least 1"),
-            (("--steps", 500), "500 decoding steps for 36 tokens"),
+            (("--steps", 500), "500 decoding steps for 18 tokens"),
             (("--device", "abacus"), "device 'abacus' cannot be used"),
             (("--trust", "ab" * 32), "only releases are signed"),
             (("--phenotypes-from", "MODEL"), "cpgg draws no phenotypes"),

@@ -30,7 +30,7 @@ def test_published_sizes_fit_one_another() -> None:
     assert len(paper.standardisation) == paper.generator.conditions == 82
     assert (paper.generator.tokens, paper.generator.token_width) == (180, 320)
     assert CONFIGS["small"].generator.tokens == 180
-    assert CONFIGS["tiny"].generator.tokens == 36
+    assert CONFIGS["tiny"].generator.tokens == 18
 
 
 def test_loss_is_that_of_the_generator_on_frozen_latents() -> None:

@@ -31,11 +31,15 @@ from fedcmr_shared.models.video_vae import VideoVAE, VideoVAEConfig
 
 @dataclass(frozen=True)
 class CPGGConfig:
-    """The parts' configurations, which must fit one another."""
+    """The parts' configurations, which must fit one another.
+
+    ``pixel_mm`` is the public size of a clip's pixels.
+    """
 
     video: VideoVAEConfig = field(default_factory=VideoVAEConfig)
     generator: MaskedGeneratorConfig = field(default_factory=MaskedGeneratorConfig)
     standardisation: Standardisation = field(default_factory=Standardisation.of_priors)
+    pixel_mm: float = 1.5
 
     def __post_init__(self) -> None:
         if self.video.latent_shape != self.generator.latent_shape:
@@ -48,21 +52,25 @@ class CPGGConfig:
                 f"{len(self.standardisation)} phenotypes for a generator with "
                 f"{self.generator.conditions} conditions: give it as many"
             )
+        if not self.pixel_mm > 0:
+            raise ConfigurationError(f"pixel_mm {self.pixel_mm} must be positive, in mm")
 
 
 _TINY: Final = CPGGConfig(
-    video=VideoVAEConfig(clip=(24, 48, 48), widths=(16, 24, 24, 24), blocks=1, groups=8, latents=8),
+    video=VideoVAEConfig(clip=(16, 48, 48), widths=(16, 24, 24, 24), blocks=1, groups=8, latents=8),
     generator=MaskedGeneratorConfig(
-        latent_shape=(8, 12, 6, 6),
-        patch=(3, 2, 2),
+        latent_shape=(8, 8, 6, 6),
+        patch=(8, 2, 1),
         width=128,
         heads=4,
-        encoder_blocks=3,
-        decoder_blocks=3,
-        condition_tokens=8,
+        encoder_blocks=2,
+        decoder_blocks=2,
+        condition_tokens=4,
         dropout=0.0,
-        diffusion=TokenDiffusionConfig(width=128, predicts="velocity"),
+        diffusion=TokenDiffusionConfig(width=224, blocks=2, predicts="velocity"),
+        least_masked=0.2,
     ),
+    pixel_mm=3.0,
 )
 
 _SMALL: Final = CPGGConfig(
