@@ -45,7 +45,7 @@ TEMPLATES: Final[Mapping[str, JobSpec]] = {
             part="prompts",
             local_steps=1,
             optimiser="sgd",
-            learning_rate=0.02,
+            learning_rate=0.1,
             final_learning_rate_fraction=1.0,
             warmup_steps=0,
         ),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from PIL import Image, ImageSequence
 
 from fedcmr_client.generation import PLANS, ClipModel, ClipRequest, draw_clips, load_clip_model
 from fedcmr_client.heart_requests import complete
@@ -40,6 +41,7 @@ from fedcmr_shared.privacy.job_claim import claim_of
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.signed_job import JobAuthorisation
 from fedcmr_simulations.hearts import draw_heart, expected_fac
+from fedcmr_simulations.phantom.motion import END_SYSTOLE
 from fedcmr_simulations.progress import Progress
 
 FRACTIONS: Final = (20.0, 30.0, 40.0, 50.0, 60.0, 70.0)
@@ -54,7 +56,8 @@ _WEEK: Final = timedelta(days=7)
 def finish_generator(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Ask the gates, release the model if they pass, and draw with it; return what was found.
 
-    Writes ``release.zip`` (if the gates pass), ``hearts/`` and ``hearts.gif`` into the run folder.
+    Writes ``release.zip`` (if the gates pass), ``hearts/``, ``hearts.gif`` and ``hearts.png`` into the
+    run folder.
 
     Raises:
         FedcmrError: the model cannot be read, released or drawn from.
@@ -197,4 +200,16 @@ def _draw_hearts(
         for h in hearts
     ]
     write_gif(root / "hearts.gif", [clip.frames for clip in clips], captions)
+    _write_still(root / "hearts.gif", root / "hearts.png")
     return hearts
+
+
+def _write_still(moving: Path, still: Path) -> None:
+    """Write the pictures of end diastole and end systole, one above the other."""
+    with Image.open(moving) as picture:
+        frames = [frame.convert("L") for frame in ImageSequence.Iterator(picture)]
+    width, height = frames[0].size
+    both = Image.new("L", (width, 2 * height))
+    both.paste(frames[0], (0, 0))
+    both.paste(frames[round(END_SYSTOLE * len(frames))], (0, height))
+    both.save(still, optimize=True)

@@ -74,6 +74,7 @@ def test_three_sites_with_few_patients_release_nothing(
     assert summary["adherence"]["requests"] == 4
     assert len(summary["hearts"]) == 6
     assert (out / "hearts.gif").stat().st_size > 10_000
+    assert (out / "hearts.png").stat().st_size > 10_000
     labelled = json.loads((out / "hearts" / "provenance.json").read_text())
     assert labelled["synthetic"] is True
     assert labelled["release_card_sha256"] != ""
