@@ -111,7 +111,9 @@ def test_the_denominator_is_public(make_site: Callable[..., Path]) -> None:
     # Two catalogues, one mechanism: nothing of a site's records enters it.
     for name, patients in (("few", 4), ("many", 9)):
         with SiteStore.open(make_site(name, patients)) as store:
-            trainer = PrivateTrainer(make_model(job), job, store.scans("train"), objective(job), site=name)
+            trainer = PrivateTrainer(
+                make_model(job), job, store.scans("train"), objective(job), site=name
+            )
         assert trainer.mechanism == Mechanism.of(job.privacy, 1.0)
 
 

@@ -68,7 +68,10 @@ def test_wider_text_needs_wider_projections(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("varnet",), "model 'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae"),
+        (
+            ("varnet",),
+            "model 'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae",
+        ),
         (("cardiomm", "--size", "huge"), "size 'huge' is unknown"),
         (("cardiomm", "--text-encoder", "bert"), "text_encoder 'bert' is unknown"),
     ],

@@ -92,9 +92,15 @@ def test_models_without_words_have_one_variant() -> None:
 
 
 def test_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae"):
+    with pytest.raises(
+        ModelError,
+        match="'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae",
+    ):
         build_model(spec(name="varnet"))
-    with pytest.raises(ModelError, match="'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae"):
+    with pytest.raises(
+        ModelError,
+        match="'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae",
+    ):
         parameter_counts("varnet", "tiny")
 
 

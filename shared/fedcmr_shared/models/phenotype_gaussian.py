@@ -58,7 +58,9 @@ class MomentsConfig:
         return width + width * (width + 1) // 2
 
 
-CONFIGS: Final[dict[str, MomentsConfig]] = dict.fromkeys(("tiny", "small", "paper"), MomentsConfig())
+CONFIGS: Final[dict[str, MomentsConfig]] = dict.fromkeys(
+    ("tiny", "small", "paper"), MomentsConfig()
+)
 """Configurations by size, which are all the same."""
 
 
