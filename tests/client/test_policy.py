@@ -259,6 +259,7 @@ def test_the_hash_covers_the_rules_and_not_the_paths() -> None:
         "max_energy_kwh": 1,
         "device_watts": 1,
         "evaluation": {"allow_unnoised": True},
+        "energy": {"country": "DEU"},
         "reply_tick_s": 1,
     }
     assert set(changes) == set(SitePolicy.model_fields) - {
