@@ -186,7 +186,7 @@ CodeCarbon.start(EnergySettings("DEU")).stop()
 """
         theirs = """
 from codecarbon import OfflineEmissionsTracker
-OfflineEmissionsTracker(country_iso_code="DEU")
+OfflineEmissionsTracker(country_iso_code="DEU", log_level="info", allow_multiple_runs=True)
 """
         code = ours if silenced else theirs
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

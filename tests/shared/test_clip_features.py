@@ -138,7 +138,7 @@ class TestMotion:
     def test_a_drawn_heart_is_followed(self, radius: float, shortening: float) -> None:
         beat = follow(drawn_heart(radius, shortening, frames=12), PIXEL_MM, SEGMENTER.model)
         found = beat.descriptors()
-        assert beat.area[0] == pytest.approx(np.pi * radius**2, rel=0.08)
+        assert beat.area[0] == pytest.approx(np.pi * radius**2, rel=0.12)
         assert found.area_change == pytest.approx(100 * (1 - (1 - shortening) ** 2), abs=4)
         assert found.strain == pytest.approx(-100 * shortening, abs=3)
         assert found.displacement == pytest.approx(radius * shortening, abs=0.8)

@@ -161,8 +161,14 @@ def test_harmless_networks_pass_with_all_engines(mode: str) -> None:
     assert engine.clipped_sum(patients(3), mechanism()).patients == 3
 
 
-@pytest.mark.parametrize("name", available_models())
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        *((name, 0) for name in available_models()),
+        # Moments have no layer that could be updated.
+        *((name, 2) for name in available_models() if name != "phenotype-gaussian"),
+    ],
+)
 def test_no_registered_model_is_a_carrier(name: str, rank: int) -> None:
     with torch.device("meta"):
         model = build_model(ModelSpec(name=name, text_encoder="hashed", lora_rank=rank))

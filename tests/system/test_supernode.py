@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -57,11 +58,14 @@ def process_of(supernode: SuperNode) -> int:
 def test_a_stopped_node_signs_off_and_may_come_back_at_once(
     link: SuperLink, settings: SuperNodeSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     numbers = set()
     for _ in range(2):
-        with SuperNode(settings) as supernode:
-            numbers.add(node := connected(supernode))
+        with ExitStack() as running:
+            # The hospital's proxy is for others; this process asks the SuperLink without it.
+            with monkeypatch.context() as hospital:
+                hospital.setenv("https_proxy", "http://127.0.0.1:9")
+                supernode = running.enter_context(SuperNode(settings))
+                numbers.add(node := connected(supernode))
             process = process_of(supernode)
             assert supernode.problem is None
             assert supernode.runtime is not None
