@@ -168,7 +168,8 @@ def test_a_bundle_that_unpacks_to_too_much_ends_the_node_for_a_moment_only(
         node, first = connected(supernode), process_of(supernode)
         with grid_of_run(link, _bomb()) as run:
             run.push(node, "train", RecordDict())
-            wait_for("its end", lambda: not alive(first))
+            wait_for("another", lambda: process_of(supernode) != first)
+        assert not alive(first)
         assert connected(supernode) == node
         with (
             Runner(supernode, "alder", tmp_path, record_refusal=print, app=worker_apps.answer),
