@@ -23,6 +23,7 @@ from fedcmr_shared.errors import ConnectionProblem, DataError, FedcmrError, Fede
 from fedcmr_shared.governance import governance_pb2 as pb
 from fedcmr_shared.governance.governance_pb2_grpc import GovernanceStub
 from fedcmr_shared.identity.roster_history import RosterVersion
+from fedcmr_shared.models.refusal import ReleaseRefusal
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Checkpoint, Hash
 from fedcmr_shared.schemas.policy import SiteName
@@ -268,6 +269,14 @@ class Governance:
         """Return the released models, the first first."""
         pages = self._pages(self._stub.ListReleases, pb.ListReleasesRequest, "releases")
         return [_release(each) for each in pages]
+
+    def refusals(self) -> list[ReleaseRefusal]:
+        """Return what the gates kept back, the first first; verify them.
+
+        Empty where the coordinator runs a version that does not sign them.
+        """
+        pages = self._pages(self._stub.ListReleases, pb.ListReleasesRequest, "refusals")
+        return [_document(ReleaseRefusal, text) for text in pages]
 
     def fetch_release(self, job: str, path: Path, sha256: str | None = None) -> ListedRelease:
         """Write the newest release of ``job``, or the one with ``sha256``, to ``path``.

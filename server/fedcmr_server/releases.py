@@ -25,23 +25,21 @@ from fedcmr_server.folder_lock import locked
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_control import spec_of
 from fedcmr_server.job_states import JobState
+from fedcmr_server.release_card import card_of
 from fedcmr_server.release_gates import GATES, ReleaseGate
 from fedcmr_server.store import Events, Jobs, Releases, Rounds, Store
 from fedcmr_server.store.tables import JobRow, ReleaseRow
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.models.bundle import Bundle, load_bundle
 from fedcmr_shared.models.card import (
-    PURPOSES,
-    Evaluation,
     GateResult,
     Lineage,
     LineageRound,
     ModelCard,
     Start,
-    software,
 )
+from fedcmr_shared.models.refusal import ReleaseRefusal
 from fedcmr_shared.models.release import ReleaseBundle
-from fedcmr_shared.privacy.job_claim import claim_of
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.problems import problems
 from fedcmr_shared.schemas.signed_job import JobAuthorisation
@@ -68,10 +66,11 @@ def release(
         row = Jobs(store).get(job)
         _require_finished(row)
         _require_first(store, row)
-        spec, model = spec_of(row), _model_path(home, row)
+        model = _model_path(home, row)
         bundle = load_bundle(model)
-        found = _pass_gates(store, row, spec, bundle, gates)
-        card = _card(home, store, row, found, now or datetime.now(UTC).replace(microsecond=0))
+        moment = now or datetime.now(UTC).replace(microsecond=0)
+        found = _pass_gates(home, store, row, bundle, gates, moment)
+        card = _card(home, store, row, found, moment)
         path = home.releases / f"{row.name}-{row.id[:12]}.zip"
         _remove_leftovers(path)
         ReleaseBundle.write(path, model, card, home.identity())
@@ -143,12 +142,14 @@ def _model_path(home: CoordinatorHome, row: JobRow) -> Path:
 
 
 def _pass_gates(
+    home: CoordinatorHome,
     store: Store,
     row: JobRow,
-    job: JobSpec,
     bundle: Bundle,
     gates: Mapping[str, Sequence[ReleaseGate]],
+    now: datetime,
 ) -> tuple[GateResult, ...]:
+    job = spec_of(row)
     if job.model.name not in gates:
         raise FederationError(
             f"job {row.name}: no release gates are known for {job.model.name}, so it stays here"
@@ -157,11 +158,32 @@ def _pass_gates(
     found = tuple(gate.check(job, bundle, events) for gate in gates[job.model.name])
     for result in found:
         if not result.passed:
-            Events(store).record(row.id, "release_refused", result.model_dump())
+            _refuse(home, store, row, bundle, result, now)
             raise FederationError(
                 f"job {row.name}: the release gate {result.gate} refuses: {result.text}"
             )
     return found
+
+
+def _refuse(
+    home: CoordinatorHome,
+    store: Store,
+    row: JobRow,
+    bundle: Bundle,
+    gate: GateResult,
+    now: datetime,
+) -> None:
+    """Keep the signed refusal with the job's events, unless it is there already."""
+    for event in Events(store).as_values(row.id):
+        if event["event"] == "release_refused" and "refusal" in event:
+            kept = event["refusal"]
+            if (kept["model_sha256"], kept["gate"]) == (bundle.sha256, gate.model_dump()):
+                return
+    federation = (home.settings.federation, home.federation_sha256)
+    refused = (row.id, bundle.sha256)
+    refusal = ReleaseRefusal.sign(federation, refused, gate, now, home.identity())
+    content = {**gate.model_dump(), "refusal": refusal.model_dump(mode="json")}
+    Events(store).record(row.id, "release_refused", content)
 
 
 def _card(
@@ -172,26 +194,13 @@ def _card(
     now: datetime,
 ) -> ModelCard:
     job, events = spec_of(row), Events(store).as_values(row.id)
-    purpose = PURPOSES[job.model.name]
     if row.authorisation is None:
         raise FederationError(f"job {row.name} was never signed: submit it to the federation")
     try:
-        return ModelCard(
-            federation=home.settings.federation,
-            federation_sha256=home.federation_sha256,
-            job_sha256=row.id,
-            job=job,
-            authorisation=JobAuthorisation.model_validate_json(row.authorisation),
-            lineage=_lineage(store, row, job, events),
-            privacy=claim_of(job),
-            evaluation=_evaluation(job, events),
-            gates=gates,
-            software=software(),
-            energy_kwh=next((e["energy_kwh"] for e in events[::-1] if "energy_kwh" in e), None),
-            intended_use=purpose.use,
-            limits=purpose.limits,
-            created_at=now,
-        )
+        authorisation = JobAuthorisation.model_validate_json(row.authorisation)
+        lineage = _lineage(store, row, job, events)
+        name = home.settings.federation
+        return card_of(name, job, authorisation, lineage, gates, events, now)
     except ValidationError as error:
         raise FederationError(
             f"job {row.name} left behind what does not fit together: {problems(error)}: restore "
@@ -226,23 +235,6 @@ def _lineage(
         ),
         roster_sha256=row.roster_sha256 if secure else None,
     )
-
-
-def _evaluation(job: JobSpec, events: Sequence[Mapping[str, Any]]) -> tuple[Evaluation, ...]:
-    """Return the means of each evaluated round whose sum could be opened."""
-    privacy = job.privacy
-    metrics = () if privacy is None else privacy.evaluation.metrics
-    found = {
-        event["round"]: Evaluation(
-            round=event["round"],
-            sites=event["sites"],
-            means={metric: event[metric] for metric in metrics if metric in event},
-        )
-        for event in events
-        if event["event"] == "evaluation" and not event.get("closed")
-        if "gates_passed" not in event
-    }
-    return tuple(found[number] for number in sorted(found))
 
 
 def _add_row(store: Store, row: JobRow, path: Path, key: str) -> ReleaseRow:

@@ -1,14 +1,14 @@
 """What follows the rounds of a simulated generator: its gates, its release, and six hearts.
 
-The last two show what anybody can do who gets the model: hearts are drawn for rising ejection
-fractions, and how well clips do what they are asked for is measured before and after training, on
-virtual patients that no site has.
+Whether or not the gates pass, the model is then used as anybody would who gets it: how well clips
+do what they are asked for is measured before and after training, on virtual patients that no site
+has, and hearts are drawn for rising ejection fractions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
@@ -19,45 +19,52 @@ from PIL import Image, ImageSequence
 from fedcmr_client.generation import PLANS, ClipModel, ClipRequest, draw_clips, load_clip_model
 from fedcmr_client.heart_requests import complete
 from fedcmr_client.synthetic_export import GenerationRun, export_clips, write_gif
+from fedcmr_server.release_card import card_of
 from fedcmr_server.release_gates import GATES
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.identity.certificates import fingerprint, new_authority
 from fedcmr_shared.identity.keys import SiteKey
-from fedcmr_shared.metrics.generation import adherence
-from fedcmr_shared.metrics.phenotypes.clip import measure_clip
-from fedcmr_shared.models.bundle import load_bundle
+from fedcmr_shared.models.bundle import Bundle, load_bundle
 from fedcmr_shared.models.card import (
-    PURPOSES,
     GateResult,
     Lineage,
     LineageRound,
-    ModelCard,
     Start,
-    software,
+    bounded_notes,
 )
+from fedcmr_shared.models.refusal import ReleaseRefusal
 from fedcmr_shared.models.release import ReleaseBundle
-from fedcmr_shared.models.segmenter import Segmenter, default_segmenter, load_segmenter
-from fedcmr_shared.privacy.job_claim import claim_of
+from fedcmr_shared.models.segmenter import Segmenter, load_segmenter
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.signed_job import JobAuthorisation
+from fedcmr_simulations.generator_training import agreement, measure_clips
 from fedcmr_simulations.hearts import draw_heart, expected_fac
 from fedcmr_simulations.phantom.motion import END_SYSTOLE
 from fedcmr_simulations.progress import Progress
+from fedcmr_simulations.starting import starting_bundle
 
 FRACTIONS: Final = (20.0, 30.0, 40.0, 50.0, 60.0, 70.0)
 """Ejection fractions of the hearts in the picture, in %."""
 REQUESTS: Final = 48
-_FEWEST: Final = 3
+"""Virtual patients by whom is measured how well clips do what they are asked for."""
 _FEDERATION: Final = "simulated"
 _STREAM: Final = 97  # of virtual patients that no site has
 _WEEK: Final = timedelta(days=7)
 
 
-def finish_generator(folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Ask the gates, release the model if they pass, and draw with it; return what was found.
+def finish_generator(
+    folder: RunFolder, start: str | None, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Ask the gates, release the model if they pass, and draw with it.
 
-    Writes ``release.zip`` (if the gates pass), ``hearts/``, ``hearts.gif`` and ``hearts.png`` into the
-    run folder.
+    Yields what the run's summary says, each part when it is there: ``gates`` and ``release`` (None
+    when a gate refused), ``adherence``, ``hearts``. ``release.zip`` or ``refusal.json``, ``hearts/``,
+    ``hearts.gif`` and ``hearts.png`` appear in the run folder.
+
+    Args:
+        folder: a run whose last round is committed.
+        start: the bundle that the run began with, as its configuration names it; None for the seed.
+        progress: is told of each stage.
 
     Raises:
         FedcmrError: the model cannot be read, released or drawn from.
@@ -69,72 +76,80 @@ def finish_generator(folder: RunFolder, progress: Progress) -> dict[str, Any]:
     refused = [found for found in gates if not found.passed]
     for found in refused:
         folder.record("release_refused", **found.model_dump())
-    released = None if refused else _release(folder, job, gates)
-    model = load_clip_model(
-        folder.root / "release.zip" if released else path,
-        released["key"] if released else None,
-    )
-    segmenter = load_segmenter(default_segmenter()).model
+    if refused:
+        _refuse(folder, bundle, refused[0])
+    released = None if refused else _release(folder, start, gates)
+    yield {"gates": [found.model_dump() for found in gates], "release": released}
+    if released:
+        model = load_clip_model(folder.root / released["path"], released["key"])
+    else:
+        model = load_clip_model(path)
+    segmenter = load_segmenter().model
     with progress.stage("drawing hearts", 3) as advance:
-        start = load_clip_model(folder.bundle_path(0))
-        found_start = _obedience(start, segmenter)
+        found_start = _obedience(load_clip_model(folder.bundle_path(0)), segmenter)
         advance(f"starting weights: {_worded(found_start)}")
         found_end = _obedience(model, segmenter)
         advance(f"after private training: {_worded(found_end)}")
+        yield {"adherence": {"requests": REQUESTS, "start": found_start, "federated": found_end}}
         hearts = _draw_hearts(folder.root, model, segmenter)
         advance(f"{len(hearts)} hearts in {folder.root / 'hearts.gif'}")
-    return {
-        "gates": [found.model_dump() for found in gates],
-        "release": released,
-        "adherence": {"requests": REQUESTS, "start": found_start, "federated": found_end},
-        "hearts": hearts,
-    }
+    yield {"hearts": hearts}
 
 
-def _release(folder: RunFolder, job: JobSpec, gates: Sequence[GateResult]) -> dict[str, str]:
-    """Write the signed release of a coordinator that exists for this run alone."""
-    key = SiteKey.create(folder.root / "coordinator.pem")
-    federation = fingerprint(new_authority(_FEDERATION).certificate)
+def _release(folder: RunFolder, start: str | None, gates: Sequence[GateResult]) -> dict[str, str]:
+    """Write the signed release."""
+    job, events = folder.job, folder.events()
+    key, federation = _coordinator(folder)
     now = datetime.now(UTC).replace(microsecond=0)
-    events = folder.events()
-    card = ModelCard(
-        federation=_FEDERATION,
-        federation_sha256=federation,
-        job_sha256=job.sha256,
-        job=job,
-        authorisation=JobAuthorisation.sign(job, federation, (now, now + _WEEK), key),
-        lineage=_lineage(folder, job, events),
-        privacy=claim_of(job),
-        evaluation=(),
-        gates=tuple(gates),
-        software=software(),
-        energy_kwh=next((e["energy_kwh"] for e in events[::-1] if "energy_kwh" in e), None),
-        intended_use=PURPOSES[job.model.name].use,
-        limits=PURPOSES[job.model.name].limits,
-        created_at=now,
-    )
+    authorisation = JobAuthorisation.sign(job, federation, (now, now + _WEEK), key)
+    lineage = _lineage(folder, job, start, events)
+    card = card_of(_FEDERATION, job, authorisation, lineage, gates, events, now)
     path = folder.root / "release.zip"
     ReleaseBundle.write(path, folder.bundle_path(job.rounds), card, key)
     written = ReleaseBundle.verify(path, key.public_key)
     return {"path": path.name, "sha256": written.sha256, "key": key.public_key}
 
 
-def _lineage(folder: RunFolder, job: JobSpec, events: Sequence[Mapping[str, Any]]) -> Lineage:
+def _refuse(folder: RunFolder, bundle: Bundle, gate: GateResult) -> None:
+    """Write the signed refusal by ``gate`` where the release would have been."""
+    key, federation = _coordinator(folder)
+    now = datetime.now(UTC).replace(microsecond=0)
+    refused = (folder.job.sha256, bundle.sha256)
+    refusal = ReleaseRefusal.sign((_FEDERATION, federation), refused, gate, now, key)
+    text = refusal.model_dump_json(indent=1)
+    (folder.root / "refusal.json").write_text(f"{text}\n", encoding="utf-8")
+
+
+def _coordinator(folder: RunFolder) -> tuple[SiteKey, str]:
+    """Make a coordinator for this run alone; return its key and the federation's SHA-256."""
+    key = SiteKey.create(folder.root / "coordinator.pem")
+    return key, fingerprint(new_authority(_FEDERATION).certificate)
+
+
+def _lineage(
+    folder: RunFolder, job: JobSpec, start: str | None, events: Sequence[Mapping[str, Any]]
+) -> Lineage:
     rounds = {event["round"]: event for event in events if event["event"] == "round"}
-    start = load_bundle(folder.bundle_path(0))
     return Lineage(
-        start=Start(origin="bundle", model_sha256=start.sha256, notes={}),
+        start=_start(load_bundle(folder.bundle_path(0)), start, job),
         rounds=tuple(
             LineageRound(
                 number=number,
                 sites=rounds[number]["sites"],
-                closed=rounds[number]["sites"] == 0,
+                closed=rounds[number]["closed"],
                 model_sha256=rounds[number]["model_sha256"],
             )
             for number in range(1, job.rounds + 1)
         ),
         roster_sha256=folder.roster.sha256,
     )
+
+
+def _start(first: Bundle, start: str | None, job: JobSpec) -> Start:
+    if start is None:
+        return Start(origin="seed", model_sha256=first.sha256)
+    notes = bounded_notes(load_bundle(starting_bundle(start, job)).extra)
+    return Start(origin="bundle", model_sha256=first.sha256, notes=notes)
 
 
 def _obedience(model: ClipModel, segmenter: Segmenter) -> dict[str, float | None]:
@@ -145,11 +160,14 @@ def _obedience(model: ClipModel, segmenter: Segmenter) -> dict[str, float | None
         heart = patient.heart.volumes.phenotypes(patient.heart_rate_bpm)
         requests.append(ClipRequest(heart, heart, number))
         asked.append(expected_fac(heart))
-    found = _measured(model, requests, segmenter)
-    samples = int(np.isfinite(found).sum())
-    if samples < _FEWEST:  # what an untrained network draws shows no ventricle
+    drawn = draw_clips(model.network, requests, PLANS[model.size])
+    frames = (clip.frames for clip in drawn)
+    measured = measure_clips(frames, model.network.config.pixel_mm, segmenter)["LVFAC"]
+    found = agreement(np.array(asked), measured)
+    if found is None:  # what an untrained network draws shows no ventricle
+        samples = int(np.isfinite(measured).sum())
         return {"r2": None, "mae": None, "bias": None, "samples": samples}
-    return adherence(np.array(asked), found)._asdict()
+    return found._asdict()
 
 
 def _worded(found: Mapping[str, float | None]) -> str:
@@ -159,15 +177,6 @@ def _worded(found: Mapping[str, float | None]) -> str:
 
 def _percent(value: float | None) -> str:
     return "none" if value is None else f"{value:.0f} %"
-
-
-def _measured(
-    model: ClipModel, requests: Sequence[ClipRequest], segmenter: Segmenter
-) -> np.ndarray:
-    pixel_mm = model.network.config.pixel_mm
-    drawn = draw_clips(model.network, requests, PLANS[model.size])
-    found = [measure_clip(clip.frames, pixel_mm, segmenter) for clip in drawn]
-    return np.array([each.get("LVFAC", math.nan) for each in found])
 
 
 def _draw_hearts(
@@ -182,15 +191,16 @@ def _draw_hearts(
     run = GenerationRun(model, PLANS[model.size], "rising ejection fractions", 0)
     clips = list(draw_clips(model.network, requests, run.plan))
     export_clips(root / "hearts", run, clips, ("nifti", "gif"))
-    found = [measure_clip(clip.frames, run.grid.pixel_mm, segmenter) for clip in clips]
+    frames = [clip.frames for clip in clips]
+    measured = measure_clips(frames, run.grid.pixel_mm, segmenter)["LVFAC"].tolist()
     hearts: list[dict[str, float | None]] = [
         {
             "LVEF": request.given["LVEF"],
             "LVEDV": request.given["LVEDV"],
             "asked": expected_fac(request.completed),
-            "measured": each.get("LVFAC"),
+            "measured": found if math.isfinite(found) else None,
         }
-        for request, each in zip(requests, found, strict=True)
+        for request, found in zip(requests, measured, strict=True)
     ]
     captions = [
         [
@@ -199,7 +209,7 @@ def _draw_hearts(
         ]
         for h in hearts
     ]
-    write_gif(root / "hearts.gif", [clip.frames for clip in clips], captions)
+    write_gif(root / "hearts.gif", frames, captions)
     _write_still(root / "hearts.gif", root / "hearts.png")
     return hearts
 

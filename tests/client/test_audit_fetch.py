@@ -13,12 +13,22 @@ from typing import Any
 import grpc
 import pytest
 from governance_parties import SITES, Coordinator, History, Party, coordinator, draw_identity, shown
+from sqlalchemy import delete
 
 from fedcmr_client.membership import Membership
 from fedcmr_server.governance.gatekeeper import Gatekeeper
 from fedcmr_server.governance.limits import CallLimits
 from fedcmr_server.governance.service import Service
-from fedcmr_server.store import Certificates, Jobs, Members, Receipts, Rosters
+from fedcmr_server.store import (
+    Certificates,
+    Events,
+    Jobs,
+    Members,
+    Receipts,
+    Releases,
+    Rosters,
+)
+from fedcmr_server.store.tables import EventRow, ReleaseRow
 from fedcmr_shared.audit.cosignature import cosign
 from fedcmr_shared.audit.evidence import Disclosed, Evidence
 from fedcmr_shared.cli import main
@@ -30,8 +40,11 @@ from fedcmr_shared.identity.certificates import (
     read_certificate,
 )
 from fedcmr_shared.identity.enrolment import EnrolmentRequest, StartupKit, file_text
+from fedcmr_shared.identity.keys import SiteKey
 from fedcmr_shared.identity.roster import new_roster
 from fedcmr_shared.identity.roster_history import next_version
+from fedcmr_shared.models.card import GateResult
+from fedcmr_shared.models.refusal import ReleaseRefusal
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Checkpoint, Leaf, Opened, Started
 from fedcmr_shared.schemas.receipt import Receipt
@@ -191,6 +204,7 @@ def test_everything_is_fetched(
         "roster versions": 1,
         "jobs": 1,
         "releases": 0,
+        "refusals": 0,
         "checkpoints": 1,
         "receipts": 1,
         "evidence": 1,
@@ -220,6 +234,112 @@ def test_a_receipt_that_no_site_signed_is_an_error(
     code, _, error = run("fetch", joined.folder, "--out", tmp_path / "fetched")
     assert code == 1
     assert "no key that the site had on the roster signed it" in error
+
+
+def refuse(running: Coordinator, job: str, identity: SiteKey | None = None) -> ReleaseRefusal:
+    """Have a gate keep back the model of ``job``; the coordinator signs unless another key does."""
+    home, gate = running.home, GateResult(gate="memorisation", passed=False, text="2 of 3 sites")
+    federation, key = ("hearts", home.federation_sha256), identity or home.identity()
+    refusal = ReleaseRefusal.sign(federation, (job, "cd" * 32), gate, datetime.now(UTC), key)
+    content = {**gate.model_dump(), "refusal": refusal.model_dump(mode="json")}
+    Events(running.store).record(job, "release_refused", content)
+    return refusal
+
+
+def release(running: Coordinator, job: str) -> None:
+    """List a release of ``job``."""
+    values = {"path": "heart.zip", "sha256": "ab" * 32, "size": 1, "card": "{}"}
+    row = ReleaseRow(job=job, signature="0" * 128, at=datetime.now(UTC), **values)
+    Releases(running.store).add(row)
+
+
+def held(out: Path) -> list[ReleaseRefusal]:
+    found = json.loads((out / "refusals.json").read_text())
+    return [ReleaseRefusal.model_validate(each) for each in found]
+
+
+@pytest.fixture
+def job(running: Coordinator, sites: dict[str, Party]) -> str:
+    (row,) = Jobs(running.store).all()
+    return row.id
+
+
+def test_a_refusal_is_held_by_the_auditor(
+    running: Coordinator, job: str, joined: Office, run: Run, tmp_path: Path
+) -> None:
+    refusal, out = refuse(running, job), tmp_path / "fetched"
+    for _ in range(2):
+        code, text, _ = run("fetch", joined.folder, "--out", out, "--json")
+        assert code == 0
+        assert json.loads(text)["refusals"] == 1
+        assert held(out) == [refusal]
+    refusal.verify(Membership(joined.folder).pinned)
+
+
+def test_a_refusal_that_the_coordinator_did_not_sign_is_an_error(
+    running: Coordinator, job: str, joined: Office, run: Run, tmp_path: Path
+) -> None:
+    refuse(running, job, draw_identity())
+    code, _, error = run("fetch", joined.folder, "--out", tmp_path / "fetched")
+    assert code == 1
+    assert f"refusal of job {job[:12]} by memorisation: the signature is not that of key" in error
+    assert not (tmp_path / "fetched" / "refusals.json").exists()
+
+
+def test_a_model_that_was_refused_and_released_is_an_error(
+    running: Coordinator, job: str, joined: Office, run: Run, tmp_path: Path
+) -> None:
+    refusal, out = refuse(running, job), tmp_path / "fetched"
+    release(running, job)
+    code, _, error = run("fetch", joined.folder, "--out", out)
+    assert code == 1
+    assert f"job {job[:12]}: the gate memorisation refused its release on" in error
+    assert "and it was released on" in error
+    # The auditor holds both, and all the rest.
+    assert held(out) == [refusal]
+    assert [each["job"] for each in json.loads((out / "releases.json").read_text())] == [job]
+    assert list((out / "evidence").iterdir())
+
+
+def test_a_release_of_another_job_contradicts_no_refusal(
+    running: Coordinator, job: str, joined: Office, run: Run, tmp_path: Path
+) -> None:
+    other = JobSpec(name="other", rounds=2, aggregation="plain_with_local_dp")
+    Jobs(running.store).submit(other, None, None)
+    refuse(running, job)
+    release(running, other.sha256)
+    assert run("fetch", joined.folder, "--out", tmp_path / "fetched")[0] == 0
+
+
+def test_a_refusal_that_the_coordinator_takes_back_stays_with_the_auditor(
+    running: Coordinator, job: str, joined: Office, run: Run, tmp_path: Path
+) -> None:
+    refusal, out = refuse(running, job), tmp_path / "fetched"
+    assert run("fetch", joined.folder, "--out", out)[0] == 0
+    with running.store.writing() as session:
+        session.execute(delete(EventRow).where(EventRow.name == "release_refused"))
+    for _ in range(2):
+        code, _, error = run("fetch", joined.folder, "--out", out)
+        assert code == 1
+        assert f"job {job[:12]}: the coordinator no longer lists a refusal" in error
+        assert held(out) == [refusal]
+    # What it released instead does not hide behind that.
+    release(running, job)
+    code, _, error = run("fetch", joined.folder, "--out", out)
+    assert code == 1
+    assert "refused its release" in error
+
+
+def test_held_refusals_that_cannot_be_read_are_not_overwritten(
+    job: str, joined: Office, run: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "fetched" / "refusals.json"
+    path.parent.mkdir()
+    path.write_text("[{}]")
+    code, _, error = run("fetch", joined.folder, "--out", path.parent)
+    assert code == 1
+    assert f"{path} holds no refusals that can be read" in error
+    assert path.read_text() == "[{}]"
 
 
 def test_a_roster_that_the_coordinator_did_not_sign_is_an_error(

@@ -27,7 +27,15 @@ from fedcmr_server.governance.checkpoints import Contradiction, is_new
 from fedcmr_server.governance.limits import AT_ONCE
 from fedcmr_server.governance.releases import CHUNK, ReleaseFiles
 from fedcmr_server.governance.renewal import require_renewable
-from fedcmr_server.store import Certificates, Checkpoints, Jobs, Members, Releases, StoreUnreachable
+from fedcmr_server.store import (
+    Certificates,
+    Checkpoints,
+    Events,
+    Jobs,
+    Members,
+    Releases,
+    StoreUnreachable,
+)
 from fedcmr_server.store.tables import JobRow, ReleaseRow
 from fedcmr_shared.audit.cosignature import cosign
 from fedcmr_shared.audit.evidence import Disclosed, Evidence
@@ -45,6 +53,8 @@ from fedcmr_shared.identity.certificates import (
     read_certificate,
 )
 from fedcmr_shared.identity.roster_history import verify_history
+from fedcmr_shared.models.card import GateResult
+from fedcmr_shared.models.refusal import ReleaseRefusal
 from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Leaf, Opened, Started
 from fedcmr_shared.schemas.receipt import Receipt
@@ -592,6 +602,73 @@ def test_a_release_is_listed_and_downloaded(
     assert alder.fetch_release(spec, tmp_path / "heart.zip") == listed
     assert (tmp_path / "heart.zip").read_bytes() == CONTENT
     assert leftovers(tmp_path) == ["heart.zip"]
+
+
+# Refusals
+
+
+def refuse(running: Coordinator, name: str) -> ReleaseRefusal:
+    """Have a gate keep back the model of a new job ``name``."""
+    spec, home = submit(running, job(name)), running.home
+    gate = GateResult(gate="memorisation", passed=False, text="passed at 2 of 3 sites")
+    federation = (home.settings.federation, home.federation_sha256)
+    moment = datetime.now(UTC)
+    refused = (spec, "cd" * 32)
+    refusal = ReleaseRefusal.sign(federation, refused, gate, moment, home.identity())
+    content = {**gate.model_dump(), "refusal": refusal.model_dump(mode="json")}
+    Events(running.store).record(spec, "release_refused", content)
+    return refusal
+
+
+def test_refusals_are_listed_to_sites_and_auditors(
+    running: Coordinator, alder: Governance, auditor: Governance
+) -> None:
+    assert alder.refusals() == auditor.refusals() == []
+    unsigned = submit(running, job("before"))
+    old = {"gate": "memorisation", "passed": False, "text": "an older version did not sign"}
+    Events(running.store).record(unsigned, "release_refused", old)
+    made = [refuse(running, name) for name in ("first", "second")]
+    assert alder.refusals() == auditor.refusals() == made
+    assert alder.releases() == []
+    for refusal in auditor.refusals():
+        refusal.verify((running.home.federation_sha256, running.home.identity().public_key))
+
+
+@pytest.mark.parametrize(("released", "refused"), [(1, 3), (3, 1), (2, 2), (0, 3)])
+def test_releases_and_refusals_come_in_pages_of_their_own(
+    released: int,
+    refused: int,
+    monkeypatch: pytest.MonkeyPatch,
+    running: Coordinator,
+    alder: Governance,
+) -> None:
+    monkeypatch.setattr(service, "PAGE", 1)
+    files = [release(running, b"model", f"{number}.zip") for number in range(released)]
+    made = [refuse(running, f"refused-{number}") for number in range(refused)]
+    # The first is also how an older client reads them, which knows one list alone.
+    assert [each.job for each in alder.releases()] == files
+    assert alder.refusals() == made
+
+
+def test_an_older_coordinator_lists_no_refusals(
+    monkeypatch: pytest.MonkeyPatch, running: Coordinator, alder: Governance
+) -> None:
+    spec = release(running, CONTENT)
+    refuse(running, "kept-back")
+    assert alder.refusals()  # control
+    # An empty list and a field that is not known are the same bytes.
+    monkeypatch.setattr(ReleaseFiles, "refusals", lambda _: [])
+    assert alder.refusals() == []
+    assert [each.job for each in alder.releases()] == [spec]
+
+
+def test_what_is_no_refusal_is_not_believed(running: Coordinator, alder: Governance) -> None:
+    spec = submit(running, job("passed"))
+    refusal = refuse(running, "kept-back").model_dump(mode="json")
+    passed = {**refusal, "gate": {**refusal["gate"], "passed": True}}
+    Events(running.store).record(spec, "release_refused", {"refusal": passed})
+    with pytest.raises(FederationError, match="a ReleaseRefusal that this version does not"):
+        alder.refusals()
 
 
 class Breaking:

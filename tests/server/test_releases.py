@@ -18,7 +18,9 @@ from fedcmr_server import releases
 from fedcmr_server.commands.release import release as release_command
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_control import submit
+from fedcmr_server.job_events import event_text
 from fedcmr_server.job_states import JobEvent
+from fedcmr_server.release_gates import MemorisationGate
 from fedcmr_server.releases import copy_release, of_job, release
 from fedcmr_server.store import Events, Jobs, Releases, Store
 from fedcmr_server.store.tables import JobRow, RoundRow
@@ -26,6 +28,7 @@ from fedcmr_shared.cli import main
 from fedcmr_shared.errors import FederationError, ModelError
 from fedcmr_shared.models.bundle import Bundle, save_bundle, state_sha256
 from fedcmr_shared.models.card import GateResult
+from fedcmr_shared.models.refusal import ReleaseRefusal
 from fedcmr_shared.models.release import ReleaseBundle
 from fedcmr_shared.privacy.job_claim import claim_of
 from fedcmr_shared.schemas.job import JobSpec
@@ -60,15 +63,16 @@ def finished(home: CoordinatorHome, store: Store, job: str) -> str:
 class Gate:
     """A gate with a fixed result."""
 
-    def __init__(self, *, passes: bool) -> None:
+    def __init__(self, *, passes: bool, text: str = "0.3 of 1 allowed") -> None:
         self._passes = passes
+        self._text = text
 
     def check(
         self, job: JobSpec, bundle: Bundle, events: Sequence[Mapping[str, Any]]
     ) -> GateResult:
         assert bundle.spec == job.model
         assert events[0]["event"] == "submit"
-        return GateResult(gate="memorisation", passed=self._passes, text="0.3 of 1 allowed")
+        return GateResult(gate="memorisation", passed=self._passes, text=self._text)
 
 
 class TestRelease:
@@ -110,6 +114,21 @@ class TestRelease:
         assert card.lineage.rounds[0].closed
         assert card.lineage.rounds[0].model_sha256 == state_sha256(model_state(5))
         assert [found.round for found in card.evaluation] == [2]
+
+    @pytest.mark.parametrize("told", [None, 1.5])
+    def test_the_energy_of_all_sites_is_in_the_card_where_they_told_it(
+        self, told: float | None, home: CoordinatorHome, store: Store
+    ) -> None:
+        assert JOB.privacy is not None
+        asked = JOB.privacy.evaluation.model_copy(update={"energy_total": True})
+        privacy = JOB.privacy.model_copy(update={"evaluation": asked})
+        job = submit(home, store, JOB.model_copy(update={"privacy": privacy})).id
+        carry(home, store, job)
+        if told is not None:
+            scores = {"round": 2, "sites": 4, "psnr": 22.0, "energy_kwh": told}
+            Events(store).record(job, "evaluation", scores)
+        row = release(home, store, job)
+        assert ReleaseBundle.read(home.releases / row.path).card.energy_kwh == told
 
     def test_only_the_moment_differs(
         self, home: CoordinatorHome, store: Store, finished: str
@@ -178,6 +197,70 @@ class TestGates:
         assert _nothing_left(home, store)
         event = Events(store).of(finished)[-1]
         assert (event.name, event.content["gate"]) == ("release_refused", "memorisation")
+        line = event_text(event.name, event.content)
+        assert line == "not released: memorisation: 0.3 of 1 allowed"
+
+    def test_a_refusal_is_signed_with_the_coordinators_identity(
+        self, home: CoordinatorHome, store: Store, finished: str
+    ) -> None:
+        with pytest.raises(FederationError, match="refuses"):
+            release(home, store, finished, gates={"cardiomm": (Gate(passes=False),)}, now=NOW)
+        (refusal,) = _refusals(store, finished)
+        refusal.verify((home.federation_sha256, home.identity().public_key))
+        assert (refusal.federation, refusal.refused_at) == ("hearts", NOW)
+        assert refusal.job_sha256 == JOB.sha256
+        assert refusal.model_sha256 == state_sha256(model_state(2))
+        assert refusal.gate == GateResult(
+            gate="memorisation", passed=False, text="0.3 of 1 allowed"
+        )
+
+    def test_the_same_refusal_is_recorded_once(
+        self, home: CoordinatorHome, store: Store, finished: str
+    ) -> None:
+        def refuse(text: str) -> None:
+            with pytest.raises(FederationError, match=text):
+                release(home, store, finished, gates={"cardiomm": (Gate(passes=False, text=text),)})
+
+        old = GateResult(gate="memorisation", passed=False, text="no sum")
+        # A version that did not sign: this one is said again, with a signature.
+        Events(store).record(finished, "release_refused", old.model_dump())
+        for text in ("no sum", "no sum", "1 of 3 sites", "no sum"):
+            refuse(text)
+        assert [each.gate.text for each in _refusals(store, finished)] == ["no sum", "1 of 3 sites"]
+        # Other weights: another refusal.
+        path = home.jobs / finished / "round-002.safetensors"
+        save_bundle(path, model_state(3), JOB.model, {"round": "2"})
+        refuse("no sum")
+        models = [each.model_sha256 for each in _refusals(store, finished)]
+        assert models == [*[state_sha256(model_state(2))] * 2, state_sha256(model_state(3))]
+
+    @pytest.mark.parametrize(
+        ("told", "reason"),
+        [
+            ({"closed": True}, "not opened after the last round"),
+            ({"gates_passed": 3}, "passed at 3 of 4 sites"),
+            ({"gates_passed": 4, "model_sha256": "0" * 64}, "about other weights"),
+            ({"gates_passed": 4, "round": 1}, "not opened after the last round"),
+        ],
+    )
+    def test_what_sites_say_about_these_weights_decides(
+        self,
+        told: dict[str, Any],
+        reason: str,
+        home: CoordinatorHome,
+        store: Store,
+        finished: str,
+    ) -> None:
+        gates = {"cardiomm": (MemorisationGate(),)}
+        about = {"round": 2, "sites": 4, "model_sha256": state_sha256(model_state(2))}
+        Events(store).record(finished, "evaluation", {**about, **told})
+        with pytest.raises(FederationError, match=f"memorisation refuses: .*{reason}"):
+            release(home, store, finished, gates=gates)
+        assert _nothing_left(home, store)
+        # Control: with all sites' word about these weights it leaves.
+        Events(store).record(finished, "evaluation", {**about, "gates_passed": 4})
+        card = json.loads(release(home, store, finished, gates=gates).card)
+        assert [each["passed"] for each in card["gates"]] == [True]
 
     def test_a_model_without_known_gates_stays(
         self, home: CoordinatorHome, store: Store, finished: str
@@ -334,6 +417,15 @@ class TestCommand:
             assert (code, err.count("\n")) == (1, 1)
             assert message in err
         assert release_command.help
+
+
+def _refusals(store: Store, job: str) -> list[ReleaseRefusal]:
+    """The signed refusals of a job, the first first."""
+    return [
+        ReleaseRefusal.model_validate(event.content["refusal"])
+        for event in Events(store).of(job)
+        if event.name == "release_refused" and "refusal" in event.content
+    ]
 
 
 def _nothing_left(home: CoordinatorHome, store: Store) -> bool:

@@ -13,9 +13,13 @@ from real_data import NO_SUNNYBROOK, SUNNYBROOK
 from fedcmr_client.cine import read_heart
 from fedcmr_client.importers import ImportOptions, import_path
 from fedcmr_client.store.site_store import SiteStore
+from fedcmr_client.synthetic_export import NOT_RELEASED
 from fedcmr_server.run_folder import RunFolder
+from fedcmr_shared.identity.keys import SiteKey
+from fedcmr_shared.models.bundle import load_bundle
 from fedcmr_shared.models.clips import clip_grid
 from fedcmr_shared.models.cpgg import CONFIGS
+from fedcmr_shared.models.refusal import ReleaseRefusal
 from fedcmr_simulations import generator_run
 from fedcmr_simulations.config import PhantomSpec, SimulationConfig, load_config
 from fedcmr_simulations.partition import partition
@@ -57,9 +61,21 @@ def require_undecided(
     assert [event["gate"] for event in refused] == ["memorisation"]
     assert summary["release"] is None
     assert not (out / "release.zip").exists()
+    require_signed_refusal(out, summary["gates"][0])
     assert f"passed at 0 of {sites} sites" in summary["gates"][0]["text"]
     # Latents of patients are gone with the job.
     assert list(out.rglob("*.latents")) == []
+
+
+def require_signed_refusal(out: Path, gate: dict[str, Any]) -> None:
+    """What the gate kept back is signed by the run's coordinator: it is about these weights."""
+    refusal = ReleaseRefusal.model_validate_json((out / "refusal.json").read_bytes())
+    key = SiteKey.load(out / "coordinator.pem").public_key
+    refusal.verify((refusal.federation_sha256, key))
+    folder = RunFolder(out)
+    assert refusal.job_sha256 == folder.job.sha256
+    assert refusal.model_sha256 == load_bundle(folder.bundle_path(folder.job.rounds)).sha256
+    assert refusal.gate.model_dump() == gate
 
 
 def test_three_sites_with_few_patients_release_nothing(
@@ -72,14 +88,15 @@ def test_three_sites_with_few_patients_release_nothing(
     assert len(sites) == 3
     assert all(0 < site["train"]["epsilon"] < config.budget.epsilon for site in sites.values())
     assert summary["adherence"]["requests"] == 4
+    assert "pattern" not in summary  # nothing is undersampled
     assert len(summary["hearts"]) == 6
     assert (out / "hearts.gif").stat().st_size > 10_000
     assert (out / "hearts.png").stat().st_size > 10_000
     labelled = json.loads((out / "hearts" / "provenance.json").read_text())
     assert labelled["synthetic"] is True
-    assert labelled["release_card_sha256"] != ""
+    assert labelled["release_card_sha256"] == NOT_RELEASED
     report = (out / "report.html").read_text()
-    for text in ("refuses the release", "Nothing was released", "Synthetic hearts"):
+    for text in ("refuses the release", "Nothing was released", "a picture may show a patient"):
         assert text in report
 
 

@@ -15,9 +15,10 @@ from fedcmr_shared.errors import ConfigurationError, DataError, LedgerError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fedcmr_client.governance import Governance
+    from fedcmr_client.governance import Governance, ListedRelease
     from fedcmr_client.membership import Membership
     from fedcmr_shared.identity.roster_history import RosterVersion
+    from fedcmr_shared.models.refusal import ReleaseRefusal
     from fedcmr_shared.schemas.receipt import Receipt
 
 _SHOWN: Final = 12  # digits of a hash in file names
@@ -103,9 +104,9 @@ def join(folder: Path, kit: Path, fingerprint: str, as_json: bool) -> None:
 )
 @json_option
 def fetch(folder: Path, out: Path, proxy: str | None, as_json: bool) -> None:
-    """Download evidence, checkpoints, receipts, jobs, releases' list and roster to DIR.
+    """Download evidence, checkpoints, receipts, jobs, roster, lists of releases and refusals to DIR.
 
-    The roster and the receipts are checked here; evidence is for `fedcmr audit verify`, with keys
+    The roster, the receipts and the refusals are checked here; evidence is for `fedcmr audit verify`, with keys
     that the sites themselves gave you.
     """
     from fedcmr_client.site_link import governance_as
@@ -113,7 +114,7 @@ def fetch(folder: Path, out: Path, proxy: str | None, as_json: bool) -> None:
 
     membership = _auditor(folder)
     with governance_as(membership, None if proxy is None else Proxy.parse(proxy)) as governance:
-        counts = _fetch_all(governance, membership.pinned[1], out)
+        counts = _fetch_all(governance, membership.pinned, out)
     if as_json:
         print_json({"folder": str(out), **counts})
         return
@@ -135,17 +136,23 @@ def _auditor(folder: Path) -> Membership:
     return membership
 
 
-def _fetch_all(governance: Governance, coordinator_key: str, out: Path) -> dict[str, int]:
-    """Write everything below ``out``; return how many there are of each kind."""
+def _fetch_all(governance: Governance, pinned: tuple[str, str], out: Path) -> dict[str, int]:
+    """Write everything below ``out``; return how many there are of each kind.
+
+    ``pinned`` holds the SHA-256 of the federation's authority and the coordinator's public key.
+    """
     from fedcmr_shared.identity.roster_history import verify_history
 
     history = governance.roster_history()
-    verify_history(history, coordinator_key)
+    verify_history(history, pinned[1])
     jobs, releases = governance.jobs(), governance.releases()
+    refusals, withheld = _refusals(governance, pinned, out / "refusals.json")
     _write(out / "roster.json", [version.model_dump(mode="json") for version in history])
     _write(out / "jobs.json", [_job(job) for job in jobs])
     _write(out / "releases.json", [asdict(release) for release in releases])
+    _write(out / "refusals.json", [refusal.model_dump(mode="json") for refusal in refusals])
     counts = {"roster versions": len(history), "jobs": len(jobs), "releases": len(releases)}
+    counts["refusals"] = len(refusals)
     counts["checkpoints"] = sum(
         _fetch_checkpoints(governance, site, out) for site in sorted(_keys(history))
     )
@@ -153,7 +160,68 @@ def _fetch_all(governance: Governance, coordinator_key: str, out: Path) -> dict[
         _fetch_receipts(governance, job.spec.sha256, _keys(history), out) for job in jobs
     )
     counts["evidence"] = _fetch_evidence(governance, out)
+    # Last, so that the auditor holds both lists and all the rest when they contradict each other.
+    _require_kept_back(refusals, releases, out)
+    _require_listed(withheld, out)
     return counts
+
+
+def _refusals(
+    governance: Governance, pinned: tuple[str, str], path: Path
+) -> tuple[list[ReleaseRefusal], list[ReleaseRefusal]]:
+    """Return all refusals, and those of an earlier call that are not listed any more."""
+    listed = governance.refusals()
+    withheld = [held for held in _held_refusals(path) if held not in listed]
+    for refusal in (found := [*withheld, *listed]):
+        _require_refusal(refusal, pinned)
+    return found, withheld
+
+
+def _held_refusals(path: Path) -> list[ReleaseRefusal]:
+    """Return what an earlier call wrote; the auditor keeps it whatever the coordinator lists."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from fedcmr_shared.models.refusal import ReleaseRefusal
+
+    try:
+        return TypeAdapter(list[ReleaseRefusal]).validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValidationError) as error:
+        raise DataError(f"{path} holds no refusals that can be read: move it away") from error
+
+
+def _require_refusal(refusal: ReleaseRefusal, pinned: tuple[str, str]) -> None:
+    try:
+        refusal.verify(pinned)
+    except LedgerError as error:
+        what = f"refusal of job {refusal.job_sha256[:_SHOWN]} by {refusal.gate.gate}"
+        raise LedgerError(f"{what}: {error}") from error
+
+
+def _require_kept_back(
+    refusals: Sequence[ReleaseRefusal], releases: Sequence[ListedRelease], out: Path
+) -> None:
+    """Refuse a coordinator that released what a gate had kept back."""
+    released = {release.job: release for release in releases}
+    for refusal in refusals:
+        found = released.get(refusal.job_sha256)
+        if found is not None:
+            raise LedgerError(
+                f"job {refusal.job_sha256[:_SHOWN]}: the gate {refusal.gate.gate} refused its "
+                f"release on {refusal.refused_at:%Y-%m-%d}, and it was released on "
+                f"{found.released_at:%Y-%m-%d}: keep {out}/refusals.json and {out}/releases.json, "
+                "and ask the coordinator why"
+            )
+
+
+def _require_listed(withheld: Sequence[ReleaseRefusal], out: Path) -> None:
+    for refusal in withheld:
+        raise LedgerError(
+            f"job {refusal.job_sha256[:_SHOWN]}: the coordinator no longer lists a refusal that it "
+            f"signed on {refusal.refused_at:%Y-%m-%d}: keep {out}/refusals.json, which still holds "
+            "it, and ask the coordinator why"
+        )
 
 
 def _fetch_checkpoints(governance: Governance, site: str, out: Path) -> int:

@@ -1,14 +1,15 @@
-"""Released models as files to download."""
+"""Released models as files to download, and the refusals of others."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 from fedcmr_server.governance.gatekeeper import NotFound
-from fedcmr_server.store import Releases, Store
+from fedcmr_server.store import Events, Releases, Store
 from fedcmr_server.store.tables import ReleaseRow
 from fedcmr_shared.errors import ConfigurationError
 
@@ -22,11 +23,22 @@ class ReleaseFiles:
 
     def __init__(self, store: Store, folder: Path) -> None:
         self._releases = Releases(store)
+        self._events = Events(store)
         self._folder = folder
 
     def all(self) -> list[ReleaseRow]:
         """Return the releases, the first first."""
         return self._releases.all()
+
+    def refusals(self) -> list[str]:
+        """Return the signed refusals (JSON), the first first.
+
+        Coordinators of an older version refused without signing: those are not listed.
+        """
+        refused = self._events.named("release_refused")
+        return [
+            json.dumps(event.content["refusal"]) for event in refused if "refusal" in event.content
+        ]
 
     def find(self, job: str, sha256: str) -> ReleaseRow:
         """Return the newest release of ``job``, or the one with ``sha256``; NotFound if none."""

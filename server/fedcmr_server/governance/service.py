@@ -173,9 +173,14 @@ class Service:
             yield pb.GetEvidenceReply(chunk=chunk)
 
     def ListReleases(self, request: pb.ListReleasesRequest, caller: Caller) -> pb.ListReleasesReply:
-        """Return the released models."""
+        """Return the released models, and the refusals of others."""
         rows, more = _page(self._releases.all(), request.offset)
-        return pb.ListReleasesReply(releases=[_release(row) for row in rows], more=more)
+        refusals, more_refusals = _page(self._releases.refusals(), request.offset)
+        return pb.ListReleasesReply(
+            releases=[_release(row) for row in rows],
+            more=more or more_refusals,
+            refusals=refusals,
+        )
 
     def GetRelease(
         self, request: pb.GetReleaseRequest, caller: Caller

@@ -209,6 +209,12 @@ class Events:
         with self._store.reading() as session:
             return _as_events(session, job)
 
+    def named(self, name: str) -> list[EventRow]:
+        """Events of this name in all jobs, the first first."""
+        query = select(EventRow).where(EventRow.name == name)
+        with self._store.reading() as session:
+            return list(session.scalars(query.order_by(EventRow.at, EventRow.job, EventRow.number)))
+
 
 class Rounds:
     """The rounds of jobs."""
@@ -219,6 +225,16 @@ class Rounds:
     def of(self, job: str) -> list[RoundRow]:
         """All rounds of a job, round 0 first."""
         query = select(RoundRow).where(RoundRow.job == job).order_by(RoundRow.number)
+        with self._store.reading() as session:
+            return list(session.scalars(query))
+
+    def that_made(self, model_sha256: str) -> list[RoundRow]:
+        """The rounds of any job whose update led to this model."""
+        query = select(RoundRow).where(
+            RoundRow.model_sha256 == model_sha256,
+            RoundRow.state == "committed",
+            RoundRow.number > 0,
+        )
         with self._store.reading() as session:
             return list(session.scalars(query))
 

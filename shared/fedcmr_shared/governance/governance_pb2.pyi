@@ -241,12 +241,14 @@ class ListReleasesRequest(_message.Message):
     def __init__(self, offset: _Optional[int] = ...) -> None: ...
 
 class ListReleasesReply(_message.Message):
-    __slots__ = ("releases", "more")
+    __slots__ = ("releases", "more", "refusals")
     RELEASES_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
     releases: _containers.RepeatedCompositeFieldContainer[Release]
     more: bool
-    def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ..., more: _Optional[bool] = ...) -> None: ...
+    refusals: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, releases: _Optional[_Iterable[_Union[Release, _Mapping]]] = ..., more: _Optional[bool] = ..., refusals: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("job", "sha256", "bytes", "released_at")

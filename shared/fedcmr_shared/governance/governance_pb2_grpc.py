@@ -197,7 +197,8 @@ class GovernanceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListReleases(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """What was released, and what a gate kept back; `offset` counts in either list.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
