@@ -131,8 +131,11 @@ class ProtocolSite:
         return {name: torch.full(shape, self.amount) for name, shape in shapes.items()}
 
     def totals(self, task: Task) -> dict[str, Tensor]:
-        """Totals of four patients who all score ``amount`` from 0 to 1; one in each bin."""
-        each = {"sum": 4 * self.amount, "patients": 4.0, "histogram": 1.0}
+        """Totals of four patients who all score ``amount`` from 0 to 1; one in each bin.
+
+        Gates pass.
+        """
+        each = {"sum": 4 * self.amount, "patients": 4.0, "histogram": 1.0, "passed": 1.0}
         return {
             name: torch.full((length,), each[name.partition("/")[2]], dtype=torch.float64)
             for name, (length, _) in totals_layout(task.job).items()

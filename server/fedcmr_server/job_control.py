@@ -16,14 +16,14 @@ from fedcmr_server.checkpoint_files import Checkpoint, CheckpointFiles
 from fedcmr_server.folder_lock import locked
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_states import JobState, after
-from fedcmr_server.store import Events, Jobs, Rosters, Store
+from fedcmr_server.store import Events, Jobs, Releases, Rosters, Rounds, Store
 from fedcmr_server.store.jobs import JobStart, standing_of
 from fedcmr_server.store.tables import EventRow, JobRow
 from fedcmr_shared.audit.claims import delta_text, epsilon_text
 from fedcmr_shared.errors import ConfigurationError, FederationError
 from fedcmr_shared.identity.roster import Roster
-from fedcmr_shared.models.bundle import state_sha256
-from fedcmr_shared.models.card import bounded_notes
+from fedcmr_shared.models.bundle import Bundle, state_sha256
+from fedcmr_shared.models.card import PURPOSES, bounded_notes
 from fedcmr_shared.models.lora import adopt, has_lora, merge_lora
 from fedcmr_shared.models.registry import build_model, model_entry
 from fedcmr_shared.models.release import load_model
@@ -93,7 +93,8 @@ def submit(
     Raises:
         ConfigurationError: the job does not fit the federation, see `check_job`, or ``valid_days``
             is out of range.
-        FederationError: it was submitted before.
+        FederationError: it was submitted before, or would begin with weights that no release gate
+            has let pass.
         ModelError: the weights do not fit its model, or cannot be read or written.
     """
     newest = Rosters(store).newest()
@@ -103,7 +104,11 @@ def submit(
     # Under the lock nobody else writes the start of the same job.
     with locked(home.jobs):
         _require_new(job, store)
-        start = None if start_from is None else _place_start(home.jobs, job, start_from)
+        start = None
+        if start_from is not None:
+            bundle = load_model(start_from)
+            _require_released(store, bundle.sha256, start_from)
+            start = _place_start(home.jobs, job, bundle)
         return Jobs(store).submit(job, authorisation, roster, start=start)
 
 
@@ -273,9 +278,25 @@ def _require_new(job: JobSpec, store: Store) -> None:
         )
 
 
-def _place_start(jobs: Path, job: JobSpec, path: Path) -> JobStart:
+def _require_released(store: Store, model_sha256: str, path: Path) -> None:
+    """Refuse what a job with release gates made and did not release.
+
+    A gate searches for the patients of its own job alone. Passed on to another job, a model would
+    leave that copies those of the first.
+    """
+    released = {row.job for row in Releases(store).all()}
+    for made in Rounds(store).that_made(model_sha256):
+        row = Jobs(store).get(made.job)
+        if PURPOSES[spec_of(row).model.name].gates and row.id not in released:
+            raise FederationError(
+                f"{path} was made in round {made.number} of job {row.name} ({row.id[:12]}), which "
+                "no release gate has let pass: release that job's model and start from it, or "
+                "start from what the job started from"
+            )
+
+
+def _place_start(jobs: Path, job: JobSpec, bundle: Bundle) -> JobStart:
     """Write the files of round 0."""
-    bundle = load_model(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         model = build_model(job.model)

@@ -173,6 +173,20 @@ def attempts_at(
     ]
 
 
+def summed_sites(
+    events: Iterable[Mapping[str, Any]], phase: str, number: int | None = None
+) -> set[str]:
+    """Return the sites in the opened secure sums of ``phase``, of round ``number`` or of all."""
+    return {
+        site
+        for event in events
+        if event["event"] == "attempt"
+        and (event.get("phase"), event.get("outcome")) == (phase, "opened")
+        and number in (None, event.get("round"))
+        for site in event.get("survivors", ())
+    }
+
+
 def restart_pause_s(losses: int) -> float:
     """Return the seconds to wait before the next run after ``losses`` lost ones in a row."""
     return min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 3.0 ** (losses - 1)) if losses else 0.0

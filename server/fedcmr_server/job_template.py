@@ -16,6 +16,15 @@ _HEADER: Final = (
     "whether it takes part, and its `fedcmr site check` says so before the job is submitted."
 )
 
+_ONE_STEP: Final = TrainingSpec(
+    local_steps=1,
+    optimiser="sgd",
+    learning_rate=1.0,
+    final_learning_rate_fraction=1.0,
+    warmup_steps=0,
+)
+"""One plain step a round: the update is the noised mean gradient times the learning rate."""
+
 TEMPLATES: Final[Mapping[str, JobSpec]] = {
     "cardiomm": JobSpec(
         name="cardiomm-tiny",
@@ -41,14 +50,7 @@ TEMPLATES: Final[Mapping[str, JobSpec]] = {
         name="cpgg-tiny",
         rounds=10,
         model=ModelSpec(name="cpgg", size="tiny"),
-        training=TrainingSpec(
-            part="prompts",
-            local_steps=1,
-            optimiser="sgd",
-            learning_rate=0.1,
-            final_learning_rate_fraction=1.0,
-            warmup_steps=0,
-        ),
+        training=_ONE_STEP.model_copy(update={"part": "prompts", "learning_rate": 0.1}),
         privacy=PrivacySpec(
             cohort_size=300,
             sampling_rate=0.5,
@@ -65,13 +67,7 @@ TEMPLATES: Final[Mapping[str, JobSpec]] = {
         name="phenotype-gaussian",
         rounds=1,
         model=ModelSpec(name="phenotype-gaussian", size="paper"),
-        training=TrainingSpec(
-            local_steps=1,
-            optimiser="sgd",
-            learning_rate=1.0,
-            final_learning_rate_fraction=1.0,
-            warmup_steps=0,
-        ),
+        training=_ONE_STEP,
         privacy=PrivacySpec(
             cohort_size=300,
             sampling_rate=1.0,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
+from fedcmr_server.job_states import summed_sites
 from fedcmr_server.words import plural
 from fedcmr_shared.models.bundle import Bundle
 from fedcmr_shared.models.card import GateResult
@@ -29,8 +30,9 @@ class MemorisationGate:
     """Passes when the gate of every site passed on the job's last model.
 
     A site that could not decide, with fewer than 60 validation patients, counts as one that found
-    copies, and nobody outside can tell which it was; a sum that could not be opened or is over too
-    few sites refuses as well.
+    copies, and nobody outside can tell which it was. A sum refuses as well that could not be opened,
+    is about other weights than those to be released, is over too few sites, or lacks a site that is
+    in the sum of any round: nobody has looked for copies of that one's patients.
     """
 
     def check(self, job: JobSpec, bundle: Bundle, events: Events) -> GateResult:
@@ -45,6 +47,12 @@ class MemorisationGate:
         ]
         if not found:
             return _result(False, "the sites' gates were not opened after the last round")
+        if found[-1].get("model_sha256") != bundle.sha256:
+            return _result(False, "the sites' gates were asked about other weights than these")
+        silent = summed_sites(events, "train") - summed_sites(events, "evaluate", job.rounds)
+        if silent:
+            who = f"{plural(len(silent), 'site')} that trained the model, such as {min(silent)},"
+            return _result(False, f"{who} did not say whether it copies patients")
         passed, sites = found[-1]["gates_passed"], found[-1]["sites"]
         if sites < job.minimum_sites:
             text = f"{plural(sites, 'site')} answered; the job asks for {job.minimum_sites}"

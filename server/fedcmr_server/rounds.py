@@ -126,6 +126,7 @@ def _evaluate(answers: SiteAnswers, run: JobRun, task: Task) -> None:
         seconds=time.monotonic() - started,
         bytes_up=found.bytes_up,
         bytes_down=found.bytes_down,
+        model_sha256=state_sha256(task.state),
         **_figures(found.totals),
     )
 
@@ -133,7 +134,8 @@ def _evaluate(answers: SiteAnswers, run: JobRun, task: Task) -> None:
 def _figures(totals: Mapping[str, Tensor]) -> dict[str, Any]:
     """Means over all sites' patients and their histograms, or how many sites' gates passed."""
     energy, passed = energy_kwh(totals), gates_passed(totals)
-    found: dict[str, Any] = {} if energy is None else {"energy_kwh": energy}
+    # Terms are 0 before the last round, and of sites that count no energy: no figure, not none used.
+    found: dict[str, Any] = {"energy_kwh": energy} if energy else {}
     if passed is not None:
         return found | {"gates_passed": passed}
     found |= mean_scores(totals)

@@ -22,11 +22,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from fedcmr_server.job_run import JobRun
-from fedcmr_server.job_states import attempts_at
+from fedcmr_server.job_states import attempts_at, summed_sites
 from fedcmr_server.links import CONNECT_TIMEOUT_S, SiteLink, SitesMissing
 from fedcmr_server.secure_attempt import Attempt, AttemptOver, Bounds, KeysAhead, Traffic
 from fedcmr_shared.errors import ConfigurationError, FederationError
@@ -82,23 +82,36 @@ class SecureSums:
             self._close_after_restart(before[-1])
             return Collected((), traffic)
         last = max((event["attempt"] for event in before), default=0)
+        bounds = self._bounds_of(phase)
         reason: AttemptOver | None = None
         for attempt in range(last + 1, last + 1 + self._job.secure.attempts):
             session = Session(job=self._job.sha256, phase=phase, round=number, attempt=attempt)
-            sums = Attempt(self._link, self._job, session, self._groups, self._bounds)
-            outcome, reason = self._try(sums, task)
+            sums = Attempt(self._link, self._job, session, self._groups, bounds)
+            outcome, reason = self._try(sums, task, bounds)
             traffic.add(sums.traffic)
             if outcome != "ended":
                 opened = sums.opened if outcome == "opened" else ()
                 return Collected(opened, traffic)
-            self._require_willing(sums.losses)
+            self._require_willing(sums.losses, bounds)
         raise SitesMissing(
             f"round {number} ({phase}): {self._job.secure.attempts} attempts to open the sum "
             f"ended, the last one because {reason}. See {self._run.journal}, "
             "start the missing sites and run the job again: sites send their stored results"
         )
 
-    def _require_willing(self, losses: Sequence[Loss]) -> None:
+    def _bounds_of(self, phase: Phase) -> Bounds:
+        """Return what must remain of ``phase``.
+
+        A model is released only if the memorisation gate of every site passed that trained it. So
+        that sum waits for all of them; opened without one, it could never be opened again.
+        """
+        privacy = self._job.privacy
+        if phase == "train" or privacy is None or not privacy.evaluation.memorisation:
+            return self._bounds
+        trained = summed_sites(self._run.events(), "train")
+        return replace(self._bounds, sites=max(self._bounds.sites, len(trained)))
+
+    def _require_willing(self, losses: Sequence[Loss], bounds: Bounds) -> None:
         """Give the job up when too many sites refuse it for reasons that stay.
 
         Raises:
@@ -108,16 +121,18 @@ class SecureSums:
             loss.site: loss.reason.partition(":")[0] for loss in losses if loss.fault == "refused"
         }
         lasting = {site: code for site, code in codes.items() if code not in PASSING}
-        if len(self._roster.sites) - len(lasting) >= self._bounds.sites:
+        if len(self._roster.sites) - len(lasting) >= bounds.sites:
             return
         listed = ", ".join(f"{site} ({code})" for site, code in sorted(lasting.items()))
         raise FederationError(
-            f"{listed} refuse the job, and {self._bounds.sites} of {len(self._roster.sites)} sites "
+            f"{listed} refuse the job, and {bounds.sites} of {len(self._roster.sites)} sites "
             "are needed: submit another job, or agree on the sites' policies and resume this one"
         )
 
-    def _try(self, sums: Attempt, task: Task) -> tuple[AttemptOutcome, AttemptOver | None]:
-        nodes = self._link.connected(self._bounds.sites, CONNECT_TIMEOUT_S)
+    def _try(
+        self, sums: Attempt, task: Task, bounds: Bounds
+    ) -> tuple[AttemptOutcome, AttemptOver | None]:
+        nodes = self._link.connected(bounds.sites, CONNECT_TIMEOUT_S)
         place = sums.session.model_dump(exclude={"job"})
         self._run.record("attempt_started", **place)
         started = time.monotonic()
@@ -150,7 +165,7 @@ class SecureSums:
             bytes_up=sums.traffic.up,
             bytes_down=sums.traffic.down,
             exchanges=sums.traffic.exchanges,
-            **self._sizes(),
+            **self._sizes(bounds),
         )
         return outcome, reason
 
@@ -176,14 +191,14 @@ class SecureSums:
             bytes_up=0,
             bytes_down=0,
             exchanges=0,
-            **self._sizes(),
+            **self._sizes(self._bounds_of(newest["phase"])),
         )
 
-    def _sizes(self) -> dict[str, Any]:
+    def _sizes(self, bounds: Bounds) -> dict[str, Any]:
         """Return sites of the roster and of each group, and how many of them must remain."""
         return {
             "sites": len(self._roster.sites),
-            "threshold": self._bounds.sites,
+            "threshold": bounds.sites,
             "groups": [list(group.names) for group in self._groups],
         }
 

@@ -30,6 +30,7 @@ from fedcmr_server.losses import Loss
 from fedcmr_server.store.tables import CertificateRow, EventRow, JobRow, MemberRow, RoundRow
 from fedcmr_shared.privacy.job_claim import claim_of
 from fedcmr_shared.schemas.job import JobSpec, ResourceSpec
+from fedcmr_shared.schemas.privacy import EvaluationSpec
 
 SPEC = job_spec("cardiomm", rounds=3)
 
@@ -339,6 +340,20 @@ def test_the_claim_names_what_no_figure_covers() -> None:
     assert "without noise" in view.score_note
     none = job_page(JobRows(job_row(spec.model_copy(update={"privacy": None})), [], []), NOW)
     assert "no privacy" in none.claim.problem
+
+
+def test_a_job_without_scores_says_so() -> None:
+    spec = job_spec("bare")
+    for evaluation, note in (
+        (EvaluationSpec(noise_multiplier=None, metrics=("memorisation",)), "No patient is scored"),
+        (EvaluationSpec(rounds="none"), "asks for no scores"),
+        (EvaluationSpec(), "with noise"),
+    ):
+        privacy = spec.privacy.model_copy(update={"evaluation": evaluation})
+        job = spec.model_copy(update={"privacy": privacy})
+        found = job_page(JobRows(job_row(job), [], []), NOW).score_note
+        assert note in found
+        assert ("Means over" in found) is (note == "with noise")
 
 
 def test_a_job_that_cannot_be_read_has_a_page() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from job_parties import JOB, SITES, add_roster, carry, model_state, new_home
 
+from fedcmr_server.checkpoint_files import CheckpointFiles
 from fedcmr_server.folder_lock import locked
 from fedcmr_server.home import CoordinatorHome
 from fedcmr_server.job_control import (
@@ -30,10 +32,11 @@ from fedcmr_server.job_control import (
 )
 from fedcmr_server.job_run import StoredRun
 from fedcmr_server.job_states import TRANSITIONS, TransitionRefused
-from fedcmr_server.store import Events, Jobs, Rounds, Store
-from fedcmr_server.store.tables import JobRow
+from fedcmr_server.store import Events, Jobs, Releases, Rounds, Store
+from fedcmr_server.store.tables import JobRow, ReleaseRow
 from fedcmr_shared.errors import ConfigurationError, FederationError, JobRefused, ModelError
 from fedcmr_shared.models.bundle import save_bundle, state_sha256
+from fedcmr_shared.models.card import PURPOSES
 from fedcmr_shared.schemas.job import CohortQuery, JobSpec, ModelSpec, TrainingSpec
 from fedcmr_shared.schemas.privacy import DistributedNoise, EvaluationSpec, PrivacySpec
 from fedcmr_shared.schemas.signed_job import JobAuthorisation, require_signed
@@ -74,6 +77,9 @@ def authorisation(row: JobRow) -> JobAuthorisation:
     return JobAuthorisation.model_validate_json(row.authorisation)
 
 
+GATE = EvaluationSpec(noise_multiplier=None, metrics=("memorisation",))
+
+
 class TestSubmit:
     def test_a_job_is_stored_as_sites_will_check_it(
         self, home: CoordinatorHome, federation: Store
@@ -102,6 +108,17 @@ class TestSubmit:
             ({"privacy": private(noise_multiplier=1e-9)}, "no epsilon bounds"),
             ({"privacy": private(delta=1e-13)}, "delta is 1e-13"),
             ({"model": ModelSpec(name="cpgg")}, "psnr is none of cpgg's: use memorisation"),
+            (
+                {
+                    "model": ModelSpec(name="cpgg"),
+                    "privacy": private(evaluation=EvaluationSpec(rounds="none")),
+                },
+                "cpgg can be released only when the sites' gates find no copies",
+            ),
+            (
+                {"privacy": private(evaluation=GATE)},
+                "memorisation is none of cardiomm's: use psnr, ssim, nmse",
+            ),
         ],
     )
     def test_refusals(
@@ -207,6 +224,32 @@ class TestStart:
                 submit(home, federation, job, start_from=path)
         assert Jobs(federation).all() == []
 
+    def test_what_no_gate_let_pass_is_no_start(
+        self,
+        home: CoordinatorHome,
+        federation: Store,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The gates of the next job search for other patients."""
+        gated = replace(PURPOSES["cardiomm"], gates=("memorisation",))
+        first = submit(home, federation, changed(seed=110), start_from=self.bundle(tmp_path / "b"))
+        carry(home, federation, first.id, closed=(1,))
+        made = CheckpointFiles(home.jobs / first.id).path(2)
+        copied = tmp_path / "copied"
+        copied.write_bytes(made.read_bytes())
+        # Reconstructors have no gates; round 1 was closed, its model is still the start.
+        submit(home, federation, changed(seed=111), start_from=copied)
+        monkeypatch.setitem(PURPOSES, "cardiomm", gated)  # type: ignore[arg-type]  # it is a dict
+        submit(home, federation, changed(seed=112), start_from=self.bundle(tmp_path / "b"))
+        before = len(Jobs(federation).all())
+        with pytest.raises(FederationError, match=r"made in round 2 of job heart .*release that"):
+            submit(home, federation, changed(seed=113), start_from=copied)
+        assert len(Jobs(federation).all()) == before
+        released = {"path": "a.zip", "sha256": "0" * 64, "size": 1, "signature": "", "card": ""}
+        Releases(federation).add(ReleaseRow(job=first.id, at=NOW, **released))
+        submit(home, federation, changed(seed=113), start_from=copied)
+
     def test_a_second_submission_leaves_the_first_start_alone(
         self, home: CoordinatorHome, federation: Store, tmp_path: Path
     ) -> None:
@@ -294,10 +337,16 @@ class TestDemands:
         assert found["allow_distributed_noise"] == "true"
         assert found["cohort.attributes"] == "modalities, vendors"
 
-    def test_they_are_fields_of_a_policy(self) -> None:
+    def test_a_generator_needs_its_gate_and_no_other_sums_without_noise(self) -> None:
+        found = self.demanded(changed(privacy=private(evaluation=GATE)))
+        assert found["evaluation.metrics"] == "with memorisation"
+        assert "evaluation.allow_unnoised" not in found
+        assert found["noise_multiplier"] == "at most 2"
+
+    @pytest.mark.parametrize("evaluation", [EvaluationSpec(noise_multiplier=None), GATE])
+    def test_they_are_fields_of_a_policy(self, evaluation: EvaluationSpec) -> None:
         from fedcmr_shared.schemas.policy import SitePolicy
 
-        evaluation = EvaluationSpec(noise_multiplier=None)
         job = changed(privacy=private(evaluation=evaluation), cohort=CohortQuery(views=("x",)))
         for name in self.demanded(job):
             model: Any = SitePolicy

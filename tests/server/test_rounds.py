@@ -1,19 +1,22 @@
 """The round loop over an in-memory link with sites that do known arithmetic."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from plain_federation import JOB, JOB_PARAMETERS, TRAINABLE, Answer, MemoryLink, adds, totals
 
+from fedcmr_server import rounds
+from fedcmr_server.answers import Totals, Updates
 from fedcmr_server.rounds import initial_state, run_job
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import FederationError
 from fedcmr_shared.federation.messages import Refusal, Scores, Task
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.registry import build_model
+from fedcmr_shared.privacy.evaluation import ENERGY, PASSED
 from fedcmr_shared.schemas.job import JobSpec
 
 
@@ -40,6 +43,34 @@ def test_rounds_average_by_public_weights(folder: RunFolder) -> None:
         torch.testing.assert_close(last.state[name], start[name] + 4.0)
     frozen = set(start) - set(TRAINABLE)
     assert all(torch.equal(last.state[name], start[name]) for name in frozen)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Sites whose gates passed, and who used so much energy."""
+
+    kwh: float
+
+    def updates(self, task: Task) -> Updates:
+        raise NotImplementedError
+
+    def totals(self, task: Task) -> Totals:
+        found = {PASSED: torch.tensor([2.0]), ENERGY: torch.tensor([self.kwh])}
+        return Totals(found, 3, bytes_up=0, bytes_down=0)
+
+
+@pytest.mark.parametrize(("kwh", "told"), [(0.0, None), (-2e-5, None), (0.34, 0.3)])
+def test_an_evaluation_names_its_model_and_what_energy_was_counted(
+    folder: RunFolder, kwh: float, told: float | None
+) -> None:
+    """Sums of words stand for zero only nearly."""
+    state = initial_state(JOB)
+    rounds._evaluate(Told(kwh), folder, Task(JOB, 1, state))
+    (event,) = folder.events()
+    assert event["model_sha256"] == state_sha256(state)
+    assert (event["gates_passed"], event["sites"]) == (2, 3)
+    assert event.get("energy_kwh") == told
+    assert ("energy_kwh" in event) is (told is not None)
 
 
 def test_a_killed_run_continues_at_the_last_committed_round(folder: RunFolder) -> None:

@@ -315,6 +315,35 @@ def test_two_losses_end_the_attempt_and_nobody_trains_again(tmp_path: Path) -> N
     assert [site.trained for site in link.sites] == [1, 1, 1, 1]
 
 
+def test_the_sum_of_gates_waits_for_every_site_that_trained(tmp_path: Path) -> None:
+    # Opened without one it could not be opened again, and the model never be released.
+    link = federation(AMOUNTS)
+    evaluation = EvaluationSpec(noise_multiplier=None, rounds="last", metrics=("memorisation",))
+    job = ONE_ROUND.model_copy(
+        update={"privacy": PrivacySpec(evaluation=evaluation), "secure": SecureSpec(attempts=1)}
+    )
+    link.lost[Place("dogwood", "evaluate.update")] = 1
+    folder = new_run(tmp_path, link, job)
+    with pytest.raises(SitesMissing, match=r"evaluate.* 3 sites are left; 4 are needed"):
+        run_job(link, folder)
+    assert outcomes(folder, "evaluate") == [(1, 1, "ended")]
+    run_job(link, folder)
+    assert outcomes(folder, "evaluate") == [(1, 1, "ended"), (1, 2, "opened")]
+    (found,) = events(folder, "evaluation")
+    assert (found["gates_passed"], found["sites"]) == (4, 4)
+
+
+def test_who_did_not_train_need_not_answer_for_the_gate(tmp_path: Path) -> None:
+    link = federation(AMOUNTS)
+    evaluation = EvaluationSpec(noise_multiplier=None, rounds="last", metrics=("memorisation",))
+    job = ONE_ROUND.model_copy(update={"privacy": PrivacySpec(evaluation=evaluation)})
+    link.away.add("dogwood")
+    folder = new_run(tmp_path, link, job)
+    run_job(link, folder)
+    (found,) = events(folder, "evaluation")
+    assert (found["gates_passed"], found["sites"]) == (3, 3)
+
+
 def test_too_few_keys_end_the_attempt(tmp_path: Path) -> None:
     link = federation(AMOUNTS)
     for name in ("birch", "cedar"):

@@ -409,8 +409,15 @@ def _claim_sentences(spec: JobSpec, claim: JobClaim) -> Iterable[str]:
 def _score_note(spec: JobSpec | None) -> str:
     note = "Means over the held-out patients of all sites together"
     privacy = None if spec is None else spec.privacy
-    if privacy is None:
+    if spec is None or privacy is None:
         return f"{note}."
+    if not spec.evaluated_rounds():
+        return "The job asks for no scores."
+    if privacy.evaluation.memorisation:
+        return (
+            "No patient is scored: after the last round each site searches samples of the model for "
+            "copies of its patients, and how many sites' gates passed leaves as a sum without noise."
+        )
     noise = privacy.evaluation.noise_multiplier
     if noise is None:
         return f"{note}, from totals without noise."
