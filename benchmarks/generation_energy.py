@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,8 @@ from typing import Any
 
 import torch
 
-from fedcmr_client.energy import Energy, EnergySettings, Intensity
-from fedcmr_client.energy_meter import CodeCarbon, EnergyMeter
+from fedcmr_client.energy import J_PER_KWH, Energy, EnergySettings, Intensity
+from fedcmr_client.energy_meter import GRACE_S, CodeCarbon, EnergyMeter, used_cpu_seconds
 from fedcmr_shared.models.cpgg import CONFIGS, CPGG
 from fedcmr_shared.models.masked_generator import SamplingPlan, draw
 
@@ -41,7 +40,6 @@ PLANS = [
 CLIPS = 8  # drawn at once
 BATCH = 16
 TRAINING_STEPS = 10_000
-J_PER_KWH = 3.6e6
 
 
 def metered(work: Callable[[], int], seconds: float) -> tuple[int, Energy]:
@@ -51,8 +49,13 @@ def metered(work: Callable[[], int], seconds: float) -> tuple[int, Energy]:
     end, done = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         done += work()
-    (energy,) = meter.stop().measured
-    return done, energy
+    measured = meter.stop().measured
+    if not measured:
+        raise SystemExit(
+            f"{seconds:g} s were not measured, and the log says why if the meter failed: it starts "
+            f"after {GRACE_S:g} s, so give --seconds at least {2 * GRACE_S:g}"
+        )
+    return done, measured[0]
 
 
 def row(about: dict[str, Any], done: int, energy: Energy) -> dict[str, Any]:
@@ -111,22 +114,17 @@ def meter_cost(seconds: float) -> tuple[dict[str, float], dict[str, Any]]:
     """
     found: dict[str, float] = {}
     for name in ("first_start", "next_start"):
-        began, cpu = time.monotonic(), _cpu()
+        began, cpu = time.monotonic(), used_cpu_seconds()
         CodeCarbon.start(SETTINGS).stop()
         found[f"{name}_seconds"] = time.monotonic() - began
-        found[f"{name}_cpu_seconds"] = _cpu() - cpu
-    meter, cpu = CodeCarbon.start(SETTINGS), _cpu()
+        found[f"{name}_cpu_seconds"] = used_cpu_seconds() - cpu
+    meter, cpu = CodeCarbon.start(SETTINGS), used_cpu_seconds()
     time.sleep(seconds)
-    found["cpu_share_while_running"] = (_cpu() - cpu) / seconds
+    found["cpu_share_while_running"] = (used_cpu_seconds() - cpu) / seconds
     under = meter.stop().circumstances
     names = ("hardware", "tool", "pue", "watts_per_thread")
     about = {name: getattr(under, name) for name in names}
     return found, {"method": under.method, **about}
-
-
-def _cpu() -> float:
-    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def measure(seconds: float) -> dict[str, Any]:

@@ -16,13 +16,15 @@ or the policy.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from secrets import token_hex
+from typing import Any, Final, TypeVar
 
 import torch
 from flwr.app import RecordDict
@@ -46,7 +48,7 @@ from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.task_model import reconstructor, task_model
 from fedcmr_client.usage import Usage
-from fedcmr_shared.errors import ConfigurationError, JobRefused
+from fedcmr_shared.errors import ConfigurationError, JobRefused, LedgerError
 from fedcmr_shared.federation.messages import Scores, Task, Update
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.cpgg import CPGG
@@ -58,6 +60,10 @@ from fedcmr_shared.schemas.signed_job import JobAuthorisation, require_signed
 from fedcmr_shared.secagg.messages import Step
 
 Result = TypeVar("Result", Update, Scores)
+
+_SALT_BYTES: Final = 32
+
+_log = logging.getLogger("fedcmr.site")
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,7 @@ class SiteAgent:
                     result = work(task, model, records)
             finally:
                 usage.add(job, time.monotonic() - started)
+            result = self._with_energy(task, result)
             ledger.store(job.sha256, phase, task.round, attempt, pack(result))
             self._close_after_last(ledger, job, phase, task.round)
             return result
@@ -224,8 +231,6 @@ class SiteAgent:
             totals = self._search_copies(job, model, records)
         else:
             totals = self._scores(task, records)
-        if privacy.evaluation.energy_total:
-            totals |= energy_totals(self._energy_term(task))
         return Scores(self.name, task.round, state_sha256(task.state), totals)
 
     def _scores(self, task: Task, records: list[ScanRecord]) -> dict[str, Tensor]:
@@ -244,12 +249,23 @@ class SiteAgent:
     def _energy_log(self) -> EnergyLog:
         return EnergyLog.beside(self.home.policy.ledger.folder)
 
+    def _with_energy(self, task: Task, result: Result) -> Result:
+        """Add to scores what the job asks of its energy; they are metered by now."""
+        if isinstance(result, Update) or not _privacy(task.job).evaluation.energy_total:
+            return result
+        return replace(result, totals={**result.totals, **energy_totals(self._energy_term(task))})
+
     def _energy_term(self, task: Task) -> float:
         """Return what may leave of the energy so far in kWh; once, or differences would tell more."""
         settings = self.home.policy.energy
         if settings is None or not settings.report_total or task.round != task.job.rounds:
             return 0.0
-        return rounded_total(self._energy_log.read(task.job.sha256).kwh)
+        try:
+            return rounded_total(self._energy_log.read(task.job.sha256).kwh)
+        except LedgerError as error:
+            # What was searched or scored must not be lost, and spent again, for a damaged figure.
+            _log.warning("energy of job %s counts as unknown: %s", task.job.sha256, error)
+            return rounded_total(0.0)
 
     def _tidy_latents(self, ledger: Ledger, job: JobSpec, phase: Phase) -> None:
         """Erase latents of jobs that have ended, and of patients who left this one."""
@@ -273,7 +289,16 @@ class SiteAgent:
         last: Phase = "evaluate" if evaluated and evaluated[-1] == job.rounds else "train"
         if (phase, number) == (last, job.rounds):
             ledger.finish(job.sha256, "finished")
-            self.home.latents(job).erase()
+            try:
+                self.home.latents(job).erase()
+            except LedgerError as error:
+                # The answer is stored and paid for: it must leave all the same.
+                _log.error(
+                    "job %s is finished, but keeps latents: %s: remove that by hand, no other job "
+                    "trains before",
+                    job.sha256,
+                    error,
+                )
 
     def _metrics(self, privacy: PrivacySpec) -> list[Metric]:
         """Scores that the job asks for and the policy lets out."""
@@ -323,6 +348,9 @@ def _pack(answer: Update | Scores, tensors: Mapping[str, Tensor]) -> bytes:
         "site": answer.site,
         "round": answer.round,
         "model_sha256": answer.model_sha256,
+        # The ledger's entry, which evidence shows, holds the hash of this file. Without a salt
+        # whoever knows the model could try out which of a gate's two outcomes has that hash.
+        "salt": token_hex(_SALT_BYTES),
     }
     return save_tensors(
         {name: tensor.contiguous() for name, tensor in tensors.items()},

@@ -22,8 +22,14 @@ from torch import Tensor
 from fedcmr_client.cine import Heart, read_heart
 from fedcmr_client.generation import PLANS, ClipRequest, draw_clips
 from fedcmr_client.store.site_store import ScanRecord
-from fedcmr_shared.errors import DataError
-from fedcmr_shared.metrics.memorisation import LEAST_HELD_OUT, GateConfig, Outcome, examine
+from fedcmr_shared.errors import DataError, ModelError
+from fedcmr_shared.metrics.memorisation import (
+    LEAST_HELD_OUT,
+    Findings,
+    GateConfig,
+    Outcome,
+    examine,
+)
 from fedcmr_shared.models.clips import clip_grid
 from fedcmr_shared.models.cpgg import CPGG
 
@@ -46,7 +52,8 @@ class CopyGate:
         """Return what the gate says; figures go into the site's own log.
 
         ``training`` and ``validation`` are the scans of the patients that the job trained on and of
-        others. Too few of either give *undecided*, before anything is trained.
+        others. Too few of either give *undecided*, before anything is trained. A model whose
+        samples cannot be examined has *failed*.
         """
         known, others = self._hearts(training), self._hearts(validation)
         if len(others) < LEAST_HELD_OUT or len(known) < 2:
@@ -59,14 +66,22 @@ class CopyGate:
             )
             return "undecided"
         random = torch.Generator().manual_seed(int.from_bytes(os.urandom(8)) >> 1)
-        found = examine(
-            _clips(known),
-            _clips(others),
-            self._samples(known, len(others), random),
-            self.config,
-            random,
-        )
+        try:
+            found = examine(
+                _clips(known),
+                _clips(others),
+                self._samples(known, len(others), random),
+                self.config,
+                random,
+            )
+        except (DataError, ModelError) as error:
+            # The samples depend on patients' phenotypes. A refusal would tell of them under this
+            # site's name, and the bit tells it in the sum alone.
+            _log.error("the memorisation gate fails the model: %s", error)
+            return "failed"
         _log.info("memorisation gate: %s", found.text)
+        if found.findings is not None:
+            _log.info("memorisation gate, without a vote: %s", _beside(found.findings))
         return found.outcome
 
     def _hearts(self, records: Sequence[ScanRecord]) -> list[Heart]:
@@ -92,6 +107,16 @@ class CopyGate:
         # Drawn as those draw them who get the model.
         drawn = draw_clips(model, requests, PLANS[self.size])
         return torch.from_numpy(np.stack([clip.frames for clip in drawn]))[:, None]
+
+
+def _beside(found: Findings) -> str:
+    made, others = found.made, found.held_out
+    return (
+        f"{100 * found.nearer_to_training:.0f} % of the synthetic clips are nearer to a training "
+        f"patient than to a held-out one; ratio of distances {made.ratio:.2f} (held-out patients "
+        f"{others.ratio:.2f}); authentic {100 * made.authenticity:.0f} % (held-out patients "
+        f"{100 * others.authenticity:.0f} %)"
+    )
 
 
 def _clips(hearts: Sequence[Heart]) -> Tensor:

@@ -32,7 +32,7 @@ LEAST_KWH: Final = 0.1
 DISAGREE: Final = 2.0
 """Two estimates that differ by more than this factor are flagged."""
 
-_J_PER_KWH: Final = 3.6e6
+J_PER_KWH: Final = 3.6e6
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 Amount = Annotated[float, Field(ge=0)]
@@ -130,10 +130,11 @@ class Circumstances(BaseModel):
 
 
 class Energy(BaseModel):
-    """Energy of some work under the same circumstances, PUE included.
+    """Energy of some work under the same circumstances, in kWh and PUE included.
 
-    ``memory_kwh`` is always modelled: a constant power for the machine's memory. ``seconds`` are
-    those of the work, ``cpu_seconds`` those of its processes.
+    ``memory_kwh`` is always modelled: a constant power for the machine's memory. So is
+    ``processor_kwh`` unless RAPL is among the interfaces. ``seconds`` are those of the work,
+    ``cpu_seconds`` those of its processes.
     """
 
     model_config = _FROZEN
@@ -156,7 +157,7 @@ class Energy(BaseModel):
         """The second estimate: CPU-seconds times watts per thread times PUE, and GPUs as read."""
         under = self.circumstances
         joules = self.cpu_seconds * under.watts_per_thread * under.pue
-        return joules / _J_PER_KWH + self.gpu_kwh
+        return joules / J_PER_KWH + self.gpu_kwh
 
     @property
     def disagrees(self) -> bool:
@@ -203,9 +204,9 @@ class JobEnergy(BaseModel):
 def rounded_total(kwh: float) -> float:
     """Round ``kwh`` up to one significant digit, and to `LEAST_KWH` at least.
 
-    This may leave a site as a term of a secure sum. One digit hides how many patients a round had
-    even from sites that subtract their own terms; it is at most twice too much. Work without a
-    figure and next to no work look alike.
+    This may leave a site as a term of a secure sum. Whoever subtracts all other terms learns the
+    energy to within 11 % (a nine) to 50 % (a two), and nothing below `LEAST_KWH`. A term is at most
+    twice too much. Work without a figure and next to no work look alike.
 
     Raises:
         ValueError: ``kwh`` is negative or no number.
@@ -249,7 +250,9 @@ class EnergyLog:
             return JobEnergy.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return JobEnergy()
-        except (OSError, ValidationError) as error:
+        except OSError as error:
+            raise LedgerError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValidationError as error:
             raise LedgerError(
                 f"{path}: cannot be read: delete it to start the job's figures anew"
             ) from error

@@ -4,7 +4,7 @@ The meter is codecarbon, offline and for the whole machine: its mode for single 
 unreliable where no power interface can be read. It looks at the machine for seconds before it runs.
 It does so in a thread beside the work, and only for work that lasts longer than `GRACE_S`; the
 seconds before are counted at the mean power of those after. Whatever goes wrong with it, the work
-goes on, and the report says that it was not measured.
+goes on, and the report says that it was not measured. The end of the work waits for one last reading.
 """
 
 from __future__ import annotations
@@ -79,12 +79,15 @@ class CodeCarbon:
         """Stop it and return its figures.
 
         Raises:
-            DataError: it has none, which it only logs, or none of the GPUs that were used.
+            DataError: it has none, which it only logs, or none of a processor or of GPUs that it
+                was to read.
         """
         self._tracker.stop()
         data = getattr(self._tracker, "final_emissions_data", None)
         if data is None or data.energy_consumed <= 0:
             raise DataError("codecarbon gave no figure")
+        if self._reads_rapl and data.cpu_energy <= 0:
+            raise DataError("codecarbon read nothing from RAPL: may the agent read energy_uj?")
         on_gpus = self._settings.device == "cuda"
         if on_gpus and data.gpu_energy <= 0:
             raise DataError("codecarbon read no GPU, and without those its figure means little")
@@ -100,12 +103,16 @@ class CodeCarbon:
             kg_co2e=data.emissions * counted / data.energy_consumed,
         )
 
+    @property
+    def _reads_rapl(self) -> bool:
+        """Whether this tracker reads RAPL; it keeps for a process's life what it chose at first."""
+        return any(getattr(each, "_mode", None) == "intel_rapl" for each in self._tracker._hardware)
+
     def _circumstances(self, data: Any, gpu_kwh: float) -> Circumstances:
-        from codecarbon.core.cpu import is_rapl_available
         from codecarbon.core.gpu import PYNVML_AVAILABLE
 
         hardware = f"{data.cpu_model}, {data.cpu_count} threads, {data.ram_total_size:.0f} GiB"
-        interfaces = ["RAPL"] if is_rapl_available() else []
+        interfaces = ["RAPL"] if self._reads_rapl else []
         if gpu_kwh:
             hardware += f", {data.gpu_model}"
             interfaces.append("NVML" if PYNVML_AVAILABLE else "AMD SMI")
@@ -153,9 +160,10 @@ def _fixed() -> dict[str, Any]:
 
 
 class EnergyMeter:
-    """Measures a piece of work between `start` and `stop`; neither raises nor waits.
+    """Measures a piece of work between `start` and `stop`; neither raises.
 
-    ``begin`` starts a power meter, in a thread of its own.
+    ``begin`` starts a power meter, in a thread of its own: `start` does not wait for it. `stop` waits
+    for the last reading of a meter that runs, and not for one that is about to.
     """
 
     def __init__(
@@ -173,7 +181,7 @@ class EnergyMeter:
 
     def start(self) -> None:
         """The work begins."""
-        self._started, self._cpu = time.monotonic(), _cpu_seconds()
+        self._started, self._cpu = time.monotonic(), used_cpu_seconds()
         thread = threading.Thread(target=self._run, name="energy", daemon=True)
         try:
             thread.start()
@@ -182,7 +190,7 @@ class EnergyMeter:
 
     def stop(self) -> JobEnergy:
         """The work is over: return its energy, or that it was not measured."""
-        seconds, cpu = time.monotonic() - self._started, _cpu_seconds() - self._cpu
+        seconds, cpu = time.monotonic() - self._started, used_cpu_seconds() - self._cpu
         with self._lock:
             self._over.set()
             running = self._running
@@ -204,9 +212,14 @@ class EnergyMeter:
 
 
 def _attempt(step: Callable[[], Result]) -> Result | None:
+    """Return what ``step`` of a meter gives, or None when it fails.
+
+    Nothing narrower will do: codecarbon and the drivers below it name no errors, and patients' budget
+    is already spent on the round that an error would end.
+    """
     try:
         return step()
-    except Exception:  # noqa: BLE001  # whatever a meter does, the work goes on
+    except Exception:  # noqa: BLE001  # see above
         _log.warning("energy is not measured", exc_info=True)
         return None
 
@@ -221,8 +234,8 @@ def _stretched(energy: Energy, seconds: float, cpu_seconds: float) -> Energy:
     )
 
 
-def _cpu_seconds() -> float:
-    """CPU-seconds of this process and of its children that have ended."""
+def used_cpu_seconds() -> float:
+    """Return the CPU-seconds of this process so far and of its children that have ended."""
     used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in used)
 

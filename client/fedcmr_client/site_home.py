@@ -147,7 +147,12 @@ class SiteHome:
         from fedcmr_client.latents import LatentCache
 
         key = keyed_hash(self._secret(), "latents", job.sha256)
-        return LatentCache(self.policy.ledger.folder / "latents", job.sha256, key)
+        return LatentCache(self.latents_folder, job.sha256, key)
+
+    @property
+    def latents_folder(self) -> Path:
+        """Folder of the latents of all jobs that run here."""
+        return self.policy.ledger.folder / "latents"
 
     def _compare(self, ledger: Ledger) -> None:
         opened, policy = ledger.budget.opened, self.policy

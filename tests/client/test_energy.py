@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from energy_parts import CIRCUMSTANCES
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter
 
 from fedcmr_client.energy import (
     LEAST_KWH,
-    Circumstances,
     Energy,
     EnergyLog,
     EnergySettings,
@@ -27,16 +27,6 @@ from fedcmr_shared.schemas.job import JobSpec
 from fedcmr_shared.schemas.ledger import Checkpoint, Leaf
 from fedcmr_shared.schemas.receipt import Receipt
 
-CIRCUMSTANCES = Circumstances(
-    country="DEU",
-    g_per_kwh=400.0,
-    intensity_year=2023,
-    pue=1.5,
-    watts_per_thread=4.0,
-    hardware="a machine",
-    interfaces=(),
-    tool="codecarbon 0",
-)
 JOB, OTHER = "a" * 64, "b" * 64
 
 
@@ -117,6 +107,11 @@ class TestLog:
         (tmp_path / f"{JOB}.json").write_text(content)
         with pytest.raises(LedgerError, match=rf"{JOB}\.json: cannot be read: delete it"):
             log.read(JOB)
+
+    def test_a_file_that_cannot_be_opened_is_not_to_be_deleted(self, tmp_path: Path) -> None:
+        (tmp_path / f"{JOB}.json").mkdir()
+        with pytest.raises(LedgerError, match=r"cannot be read: Is a directory$"):
+            EnergyLog(tmp_path).read(JOB)
 
     def test_only_the_owner_may_read(self, tmp_path: Path) -> None:
         log = EnergyLog(tmp_path / "energy")

@@ -7,31 +7,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from energy_parts import CIRCUMSTANCES
 
-from fedcmr_client.energy import (
-    Circumstances,
-    Energy,
-    EnergyLog,
-    EnergySettings,
-    Intensity,
-)
+from fedcmr_client.energy import Energy, EnergyLog, EnergySettings, Intensity
 from fedcmr_client.energy_meter import CodeCarbon, EnergyMeter, metered
 from fedcmr_shared.errors import DataError
 
 GERMANY = EnergySettings("DEU")
 JOB = "a" * 64
-CIRCUMSTANCES = Circumstances(
-    country="DEU",
-    g_per_kwh=400.0,
-    intensity_year=2023,
-    pue=1.5,
-    watts_per_thread=4.0,
-    hardware="a machine",
-    interfaces=(),
-    tool="codecarbon 0",
-)
 
 
 class FakeMeter:
@@ -101,6 +88,29 @@ def measured(settings: EnergySettings, intensity: Intensity | None = None) -> En
     return meter.stop()
 
 
+RAPL = SimpleNamespace(_mode="intel_rapl")
+
+
+def read(processor: object, settings: EnergySettings = GERMANY, **amounts: float) -> Energy:
+    """What we make of a tracker's figures: 1 kWh of memory, 3 of a processor, at 400 g/kWh."""
+    energy = {"ram_energy": 1.0, "cpu_energy": 3.0, "gpu_energy": 0.0, **amounts}
+    consumed = sum(energy.values())
+    about: dict[str, Any] = {"cpu_model": "a CPU", "cpu_count": 2, "gpu_model": "a GPU"}
+    figures = SimpleNamespace(
+        **energy,
+        energy_consumed=consumed,
+        emissions=0.4 * consumed,
+        duration=60.0,
+        ram_total_size=8.0,
+        codecarbon_version="0",
+        **about,
+    )
+    tracker: Any = SimpleNamespace(
+        stop=lambda: None, final_emissions_data=figures, _hardware=[object(), processor]
+    )
+    return CodeCarbon(tracker, settings, Intensity(400.0, 2023)).stop()
+
+
 class TestCodeCarbon:
     def test_a_given_intensity_comes_out_exactly(self) -> None:
         found = measured(GERMANY, Intensity(100.0, 2020))
@@ -156,8 +166,27 @@ class TestCodeCarbon:
         if cpu.is_rapl_available():
             pytest.skip("this machine has a power interface")
         assert measured(GERMANY).circumstances.method == "modelled, order of magnitude"
+        # Allowed later: codecarbon keeps what it found first, and the figure is a model's.
         monkeypatch.setattr(cpu, "is_rapl_available", lambda: True)
-        assert measured(GERMANY).circumstances.method == "measured (RAPL)"
+        assert measured(GERMANY).circumstances.method == "modelled, order of magnitude"
+
+    def test_what_was_read_is_named(self) -> None:
+        modelled = read(SimpleNamespace(_mode="cpu_load"))
+        assert modelled.circumstances.method == "modelled, order of magnitude"
+        assert read(RAPL).circumstances.method == "measured (RAPL)"
+        on_gpus = read(RAPL, EnergySettings("DEU", device="cuda"), gpu_energy=2.0)
+        assert on_gpus.circumstances.interfaces[0] == "RAPL"
+        assert len(on_gpus.circumstances.interfaces) == 2
+        assert on_gpus.circumstances.hardware.endswith(", a GPU")
+
+    def test_gpus_that_the_job_does_not_use_do_not_count(self) -> None:
+        found = read(RAPL, gpu_energy=2.0)
+        assert (found.gpu_kwh, found.kwh) == (0.0, 4.0)
+        assert found.kg_co2e == pytest.approx(0.4 * 4.0)
+
+    def test_a_power_interface_that_reads_nothing_gives_no_figure(self) -> None:
+        with pytest.raises(DataError, match="nothing from RAPL"):
+            read(RAPL, cpu_energy=0.0)
 
     def test_a_job_on_gpus_that_cannot_be_read_has_no_figure(self) -> None:
         from codecarbon.core.gpu import is_nvidia_system, is_rocm_system
@@ -175,6 +204,17 @@ class TestCodeCarbon:
         monkeypatch.setattr(BaseEmissionsTracker, "_ensure_hardware_ready", lambda _: 1 / 0)
         with pytest.raises(DataError, match="gave no figure"):
             measured(GERMANY)
+
+    def test_a_tracker_that_fails_half_way_has_no_figure(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from codecarbon.emissions_tracker import BaseEmissionsTracker
+
+        meter = CodeCarbon.start(GERMANY)
+        monkeypatch.setattr(BaseEmissionsTracker, "_do_measurements", lambda _: 1 / 0)
+        time.sleep(0.1)
+        with pytest.raises(DataError, match="gave no figure"):
+            meter.stop()
 
     @pytest.mark.parametrize("silenced", [True, False])
     def test_it_prints_nothing(self, silenced: bool) -> None:
@@ -283,8 +323,12 @@ class TestMetered:
     def broken(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "codecarbon", None)  # importing it fails
 
-    def test_work_is_counted_for_its_job(self, log: EnergyLog) -> None:
+    def test_work_is_counted_for_its_job(
+        self, log: EnergyLog, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         CodeCarbon.start(GERMANY).stop()  # so that it starts at once
+        # On a busy machine that still takes some of the 1.2 seconds.
+        monkeypatch.setattr("fedcmr_client.energy_meter.LEAST_S", 0.01)
         with metered(GERMANY, log, JOB):
             time.sleep(1.2)
         with metered(GERMANY, log, JOB):

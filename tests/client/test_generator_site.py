@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from fedcmr_client import copy_gate
-from fedcmr_client.agent import SiteAgent
+from fedcmr_client.agent import SiteAgent, _pack_scores, _read_scores
 from fedcmr_client.cine import Heart, cine_of, heart_cycles, read_heart, read_phenotypes
 from fedcmr_client.copy_gate import TRIES, CopyGate
 from fedcmr_client.dataset import Cohort
 from fedcmr_client.energy import Circumstances, Energy, EnergyLog, JobEnergy
-from fedcmr_client.latents import LatentCache
-from fedcmr_client.objectives import training_objective
-from fedcmr_client.private_trainer import gradient_engine
+from fedcmr_client.latents import LatentCache, Latents, erase_job, erase_patient
+from fedcmr_client.objectives import checking_objective, training_objective
+from fedcmr_client.private_round import train_round
+from fedcmr_client.private_trainer import PrivateTrainer, gradient_engine
 from fedcmr_client.site_home import SiteHome
 from fedcmr_client.store.site_store import ScanRecord, SiteStore
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_shared.errors import DataError, JobRefused, LedgerError
-from fedcmr_shared.federation.messages import Task
-from fedcmr_shared.metrics.memorisation import GateConfig
+from fedcmr_shared.federation.messages import Scores, Task
+from fedcmr_shared.metrics.memorisation import GateConfig, Outcome
 from fedcmr_shared.models.clips import ClipGrid, clip_grid
 from fedcmr_shared.models.copy_detector import CopyDetectorConfig
 from fedcmr_shared.models.cpgg import CONFIGS, CPGG
@@ -116,6 +119,11 @@ def records(store: Path, part: Any = "train") -> list[ScanRecord]:
 def kept(home: SiteHome) -> list[Path]:
     folder = home.policy.ledger.folder / "latents"
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def never() -> Latents:
+    """Stand for a computation where none is needed."""
+    pytest.fail("the latents lie there already")
 
 
 # What a patient is
@@ -238,6 +246,48 @@ def test_a_patient_moves_the_sum_by_the_clip_norm_at_most(part: Part, home: Site
         assert float(move) == pytest.approx(1e-4, rel=1e-6)
 
 
+def test_a_patient_counts_once_whatever_the_number_of_scans(home: SiteHome) -> None:
+    first, second, _ = records(home.policy.store)
+    cohort = Cohort([first, replace(second, patient=first.patient)])
+    objective = training_objective(build_model(JOB.model), JOB, home, "cpu")
+    assert JOB.privacy is not None
+    drawn = objective.draw(cohort, first.patient, np.random.default_rng(0))
+    assert len(drawn) == JOB.privacy.augmentations
+    assert len(kept(home)) == 1
+
+
+def test_a_patient_of_no_use_contributes_zero_and_fails_no_round(
+    home: SiteHome, caplog: pytest.LogCaptureFixture
+) -> None:
+    scans = [
+        replace(scan, metadata=scan.metadata.model_copy(update={"modality": "LGE"}))
+        for scan in records(home.policy.store)
+    ]
+    assert JOB.privacy is not None
+    everybody = JOB.model_copy(
+        update={"privacy": JOB.privacy.model_copy(update={"sampling_rate": 1.0})}
+    )
+    asked = task(everybody)
+    update = train_round(asked, build_model(everybody.model), scans, home)
+    assert all(bool(torch.isfinite(delta).all()) for delta in update.values())
+    assert any(bool(delta.any()) for delta in update.values())  # noise
+    assert caplog.text.count("a drawn patient contributes nothing") == 3
+
+
+def test_an_objective_for_checks_trains_nobody(home: SiteHome) -> None:
+    """It must not end as a round of noise alone, in which all patients count as zero."""
+    assert JOB.privacy is not None
+    everybody = JOB.model_copy(
+        update={"privacy": JOB.privacy.model_copy(update={"sampling_rate": 1.0})}
+    )
+    model = build_model(JOB.model)
+    scans = records(home.policy.store)
+    objective = checking_objective(model, everybody)
+    trainer = PrivateTrainer(model, everybody, scans, objective, site="alder")
+    with pytest.raises(ValueError, match="checks gradients only"):
+        trainer.run(0, 1)
+
+
 # Opacus switches autocast on for all types, and the check of an engine works in float64.
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 @pytest.mark.parametrize("engine", ["hooks", "functorch"])
@@ -273,9 +323,55 @@ def test_latents_are_sealed_and_read_again(home: SiteHome, monkeypatch: pytest.M
     assert b"log_variance" not in content  # as a plain file of tensors would say
     monkeypatch.setattr("fedcmr_client.objectives.generation.read_heart", None)
     objective.draw(cohort, patient, np.random.default_rng(1))  # without opening the scan
+    found = cache.latents(patient, scans[:1], objective._autoencoder_sha256, never)
     stranger = LatentCache(cache.folder, cache.job, bytes(32))
-    with pytest.raises(LedgerError, match="it is computed again"):
-        stranger.latents(patient, scans[:1], objective._autoencoder_sha256, lambda: None)
+    other = Latents(*(tensor + 1 for tensor in found))
+    got = stranger.latents(patient, scans[:1], objective._autoencoder_sha256, lambda: other)
+    assert torch.equal(got.mean, other.mean)  # none of the file, which it cannot open
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "one bit": lambda content: content[:40] + bytes([content[40] ^ 1]) + content[41:],
+    "cut off": lambda content: content[:-1],
+    "zeros": lambda content: bytes(len(content)),
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_latents_are_computed_and_written_anew(
+    damage: Callable[[bytes], bytes], home: SiteHome, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A round that failed for them would have cost its privacy, and the next one, too."""
+    cache, scan = home.latents(JOB), records(home.policy.store)[0]
+    right = Latents(torch.randn(2, 3), torch.randn(2, 3), torch.tensor([60.0, float("nan")]))
+    cache.latents(scan.patient, [scan], "a" * 64, lambda: right)
+    (path,) = kept(home)
+    path.write_bytes(damage(path.read_bytes()))
+    computed = cache.latents(scan.patient, [scan], "a" * 64, lambda: right)
+    assert computed is right
+    (warning,) = caplog.messages
+    assert str(path) in warning
+    assert "computed and written anew" in warning
+    read = cache.latents(scan.patient, [scan], "a" * 64, never)
+    for found, expected in zip(read, right, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert len(caplog.messages) == 1
+
+
+def test_a_disk_that_fails_is_no_damage(home: SiteHome) -> None:
+    cache, scan = home.latents(JOB), records(home.policy.store)[0]
+    right = Latents(*torch.randn(3, 2))
+    cache.latents(scan.patient, [scan], "a" * 64, lambda: right)
+    (path,) = kept(home)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(LedgerError, match=rf"{path.name}: cannot be read: Is a directory"):
+        cache.latents(scan.patient, [scan], "a" * 64, never)
+    path.rmdir()
+    path.with_name(f".{path.name}.partial").mkdir()
+    with pytest.raises(LedgerError, match=rf"{path.name}: cannot be written: Is a directory"):
+        cache.latents(scan.patient, [scan], "a" * 64, lambda: right)
 
 
 def test_another_scan_or_autoencoder_means_other_latents(home: SiteHome) -> None:
@@ -318,6 +414,77 @@ def test_latents_go_with_the_job_and_with_the_patient(
     assert not home.latents(everybody).folder.joinpath(everybody.sha256).exists()
 
 
+def test_a_folder_that_cannot_be_read_is_named_and_one_that_is_gone_is_empty(
+    home: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = home.latents(JOB)
+    cache.erase_others(set())
+    cache.keep_only(set())
+
+    def denied(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(LedgerError, match=r"latents: cannot be read: Permission denied"):
+        cache.erase_others(set())
+
+
+def write_latents(home: SiteHome, job: str, patient: str) -> list[Path]:
+    """Write a patient's file in the folder of a job, and one that was cut off."""
+    folder = home.latents_folder / job
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (f"{patient}-0.latents", f".{patient}-1.latents.partial")
+    for name in names:
+        (folder / name).write_bytes(b"sealed")
+    return [folder / name for name in names]
+
+
+def test_a_patient_is_erased_in_all_jobs_and_a_job_with_all_patients(home: SiteHome) -> None:
+    erase_patient(home.latents_folder, "p-a")  # there is nothing yet
+    erase_job(home.latents_folder, "1" * 64)
+    for job in ("1" * 64, "2" * 64):
+        write_latents(home, job, "p-a")
+    others = write_latents(home, "1" * 64, "p-ab") + write_latents(home, "2" * 64, "p-b")
+    erase_patient(home.latents_folder, "p-a")
+    assert kept(home) == sorted(others)
+    erase_job(home.latents_folder, "1" * 64)
+    assert kept(home) == sorted(others[2:])
+    assert not (home.latents_folder / ("1" * 64)).exists()
+
+
+def test_a_file_that_cannot_be_erased_is_named_and_keeps_no_other(home: SiteHome) -> None:
+    obstacle, partial = write_latents(home, "1" * 64, "p-a")
+    obstacle.unlink()
+    obstacle.mkdir()
+    others = write_latents(home, "2" * 64, "p-a")
+    with pytest.raises(LedgerError, match=rf"{obstacle}: cannot be erased"):
+        erase_patient(home.latents_folder, "p-a")
+    assert not any(path.exists() for path in (partial, *others))
+    write_latents(home, "1" * 64, "p-b")
+    with pytest.raises(LedgerError, match=rf"{obstacle}: cannot be erased"):
+        erase_job(home.latents_folder, "1" * 64)
+    assert kept(home) == []
+
+
+def test_latents_that_stay_do_not_keep_the_last_answer(
+    home: SiteHome, caplog: pytest.LogCaptureFixture
+) -> None:
+    site = SiteAgent(home)
+    site.noised_update(task())
+    obstacle = home.latents_folder / JOB.sha256 / "p-a-0.latents"
+    obstacle.mkdir(parents=True)
+    scores = site.noised_scores(task(number=2))
+    (error,) = [each.getMessage() for each in caplog.records if each.levelname == "ERROR"]
+    assert f"{obstacle}: cannot be erased" in error
+    assert "remove that by hand" in error
+    with closing(home.open_ledger()) as ledger:
+        assert ledger.budget.jobs[JOB.sha256].closed == "finished"
+    obstacle.rmdir()
+    again = site.noised_scores(task(number=2))  # the stored one, and the rest is erased
+    assert again.totals.keys() == scores.totals.keys()
+    assert not obstacle.parent.exists()
+
+
 # The gate
 
 
@@ -329,6 +496,27 @@ def test_too_few_patients_cannot_decide_and_say_nothing_else(
     assert gates_passed(scores.totals) == 0
     assert scores.totals.keys() == gate_totals("passed").keys()
     assert "cannot decide: 2 validation and 3 training patients" in caplog.text
+
+
+@pytest.mark.parametrize("salted", [True, False])
+def test_evidence_does_not_tell_the_bit(
+    salted: bool, home: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log's hash of a result is no answer to who tries out both outcomes."""
+    if not salted:
+        monkeypatch.setattr("fedcmr_client.agent.token_hex", lambda size: "0" * 2 * size)
+    scores = SiteAgent(home).noised_scores(task(number=2))
+    with closing(home.open_ledger()) as ledger:
+        logged = ledger.budget.jobs[JOB.sha256].stored["evaluate", 2].sha256
+    outcomes: tuple[Outcome, ...] = ("passed", "failed")
+    tried = [
+        hashlib.sha256(
+            _pack_scores(Scores(scores.site, 2, scores.model_sha256, gate_totals(outcome)))
+        ).hexdigest()
+        for outcome in outcomes
+    ]
+    assert tried[0] != tried[1]
+    assert (logged in tried) != salted
 
 
 def test_the_site_must_list_the_gate(clips: Path, make_home: Callable[..., SiteHome]) -> None:
@@ -373,15 +561,16 @@ def test_the_gate_starts_three_times_at_most(
         site.noised_scores(task(number=2))
     assert refused.value.code == "declined"
     monkeypatch.undo()
+    restarted = SiteAgent(SiteHome.open(home.path))
     with pytest.raises(JobRefused, match="3 times"):
-        site.noised_scores(task(number=2))
+        restarted.noised_scores(task(number=2))
 
 
 @pytest.mark.parametrize(
     ("energy", "expected"),
     [
-        ({"country": "DEU"}, 0.3),  # rounded up, and once
-        ({"country": "DEU", "report_total": False}, 0.0),
+        ({"country": "DEU", "report_total": True}, 0.3),  # rounded up, and once
+        ({"country": "DEU"}, 0.0),  # nothing leaves that the policy does not name
         (None, 0.0),
     ],
 )
@@ -401,6 +590,43 @@ def test_energy_leaves_rounded_and_at_the_end(
     assert "energy/kwh" not in update.delta
     scores = SiteAgent(home).noised_scores(task(job, 2))
     assert energy_kwh(scores.totals) == expected
+
+
+def test_energy_of_the_gate_itself_is_counted(
+    clips: Path, make_home: Callable[..., SiteHome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def metered(_: object, log: EnergyLog, name: str) -> Iterator[None]:
+        yield
+        log.add(name, JobEnergy(measured=(joules(0.21),)))
+
+    monkeypatch.setattr("fedcmr_client.agent.metered", metered)
+    assert JOB.privacy is not None
+    asked = GATE.model_copy(update={"energy_total": True})
+    job = JOB.model_copy(update={"privacy": JOB.privacy.model_copy(update={"evaluation": asked})})
+    home = open_home(clips, make_home, energy={"country": "DEU", "report_total": True})
+    scores = SiteAgent(home).noised_scores(task(job, 2))
+    assert energy_kwh(scores.totals) == 0.3
+    with closing(home.open_ledger()) as ledger:
+        stored = ledger.stored(job.sha256, "evaluate", 2)
+    assert stored is not None
+    again = SiteAgent(home).noised_scores(task(job, 2))  # what is stored, which no work changes
+    assert energy_kwh(_read_scores(stored).totals) == energy_kwh(again.totals) == 0.3
+
+
+def test_a_damaged_figure_of_energy_loses_no_outcome(
+    clips: Path, make_home: Callable[..., SiteHome]
+) -> None:
+    assert JOB.privacy is not None
+    asked = GATE.model_copy(update={"energy_total": True})
+    job = JOB.model_copy(update={"privacy": JOB.privacy.model_copy(update={"evaluation": asked})})
+    home = open_home(clips, make_home, energy={"country": "DEU", "report_total": True})
+    folder = EnergyLog.beside(home.policy.ledger.folder).folder
+    folder.mkdir()
+    (folder / f"{job.sha256}.json").write_text("{")
+    scores = SiteAgent(home).noised_scores(task(job, 2))
+    assert gates_passed(scores.totals) == 0
+    assert energy_kwh(scores.totals) == 0.1  # as of work without a figure
 
 
 def joules(kwh: float) -> Energy:
@@ -458,12 +684,12 @@ def rings(count: int, grid: ClipGrid, seed: int) -> Tensor:
     return torch.stack(clips)[:, None]
 
 
-@pytest.mark.parametrize(("copying", "expected"), [(True, "failed"), (False, "passed")])
-def test_copies_fail_the_gate_and_new_hearts_pass(
-    copying: bool, expected: str, home: SiteHome, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def gate_of_sixty(
+    source: Callable[[Tensor], Tensor], home: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> Outcome:
+    """Return the gate's outcome on 60 and 60 patients; ``source`` makes samples of the first."""
     grid = clip_grid(CONFIGS["tiny"])
-    known, others, fresh = (rings(60, grid, seed) for seed in (1, 2, 3))
+    known, others = (rings(60, grid, seed) for seed in (1, 2))
     hearts = {f"p-{part}{n:02d}": c[0].numpy() for part, cs in (("a", known), ("b", others))
               for n, c in enumerate(cs)}  # fmt: skip
 
@@ -480,7 +706,35 @@ def test_copies_fail_the_gate_and_new_hearts_pass(
         ]
         for part in "ab"
     )
-    model = Copier(known if copying else fresh)
-    quick = GateConfig(detector=CopyDetectorConfig(width=8, steps=60, batch=16))
-    gate = CopyGate(model, "tiny", config=quick)
-    assert gate.outcome(training, validation) == expected
+    # Rings are much alike when they are turned, for a detector that is trained so briefly.
+    quick = GateConfig(CopyDetectorConfig(width=8, steps=60, batch=16), least_found=0.2)
+    gate = CopyGate(Copier(source(known)), "tiny", config=quick)
+    return gate.outcome(training, validation)
+
+
+@pytest.mark.parametrize(("copying", "expected"), [(True, "failed"), (False, "passed")])
+def test_copies_fail_the_gate_and_new_hearts_pass(
+    copying: bool,
+    expected: str,
+    home: SiteHome,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fresh = rings(60, clip_grid(CONFIGS["tiny"]), 3)
+    with caplog.at_level("INFO", "fedcmr.site"):
+        outcome = gate_of_sixty(lambda known: known if copying else fresh, home, monkeypatch)
+    assert outcome == expected
+    assert f"memorisation gate: {expected}" in caplog.text
+    nearer = "100 % of the synthetic clips are nearer to a training patient"
+    assert (nearer in caplog.text) == copying
+
+
+def test_samples_that_are_no_numbers_fail_the_gate_and_not_the_site(
+    home: SiteHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether there are any may depend on patients' phenotypes: it must not show as a refusal."""
+
+    def broken(known: Tensor) -> Tensor:
+        return known.clone().index_fill_(0, torch.tensor([7]), float("nan"))
+
+    assert gate_of_sixty(broken, home, monkeypatch) == "failed"

@@ -273,6 +273,19 @@ def test_the_hash_covers_the_rules_and_not_the_paths() -> None:
     assert len(hashes | {base.sha256}) == len(changes) + 1
 
 
+def test_energy_leaves_only_where_the_policy_says_so() -> None:
+    """It has no noise, so that a site must name it, as all else that leaves."""
+    energy = policy(energy={"country": "DEU"}).energy
+    assert energy is not None
+    assert not energy.report_total
+
+
+def test_a_policy_of_before_keeps_its_hash() -> None:
+    """Ledgers and auditors hold it: a new field counts only where it is used."""
+    before = "a998399b5238c80f41e9137d4a5060ae21fb0e3e2447270f86dba0a8e9e5a0de"
+    assert policy().sha256 == policy(energy=None).sha256 == before
+
+
 def test_nothing_can_be_changed_afterwards() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         policy().max_delta = 0.5

@@ -279,6 +279,36 @@ class TestCheck:
         assert (code, [row["rule"] for row in failed]) == (1, ["roster"])
         assert "name the file in roster" in failed[0]["text"]
 
+    @pytest.mark.parametrize(
+        ("energy", "expected"),
+        [
+            (None, "gives none, 0 leaves: the policy has no energy section"),
+            ({"country": "DEU"}, "gives none, 0 leaves: energy.report_total is false"),
+            ({"country": "DEU", "report_total": True}, "leaves, rounded up, inside a secure sum"),
+        ],
+    )
+    def test_whether_energy_leaves_is_said_to_jobs_that_ask(
+        self,
+        run: Run,
+        policy_path: Path,
+        tmp_path: Path,
+        energy: dict[str, Any] | None,
+        expected: str,
+    ) -> None:
+        give_roster(policy_path)
+        edit(policy_path, "energy", energy)
+        rows = []
+        for asked in (False, True):
+            evaluation = {"energy_total": asked}
+            path, _ = write_job(tmp_path, privacy={**JOB["privacy"], "evaluation": evaluation})
+            code, out, _ = run("check", path, "--policy", policy_path, "--json")
+            assert code == 0
+            rules = json.loads(out)["rules"]
+            rows.append([row for row in rules if row["rule"] == "energy-total"])
+        assert rows[0] == []
+        assert rows[1][0]["passed"]
+        assert expected in rows[1][0]["text"]
+
     def test_a_simulations_job_is_found(self, run: Run, policy_path: Path, tmp_path: Path) -> None:
         give_roster(policy_path)
         path = tmp_path / "simulation.json"
@@ -520,6 +550,25 @@ class TestKeeping:
         assert "cancelled already" in run("cancel", job.sha256, "--policy", policy_path)[2]
         assert "admitted no job" in run("cancel", "f" * 64, "--policy", policy_path)[2]
         assert "fits several jobs" in run("cancel", "", "--policy", policy_path)[2]
+
+    def test_cancel_erases_latents_at_once(
+        self, run: Run, policy_path: Path, tmp_path: Path
+    ) -> None:
+        jobs = [write_job(tmp_path, seed=seed)[1] for seed in (0, 1)]
+        files = []
+        for job in jobs:
+            admit(policy_path, job)
+            files.append(SiteHome.open(policy_path).latents_folder / job.sha256 / "p-a-0.latents")
+            files[-1].parent.mkdir(parents=True)
+            files[-1].write_bytes(b"sealed")
+        gone, other = files
+        assert run("cancel", jobs[0].sha256, "--policy", policy_path)[0] == 0
+        assert (gone.parent.exists(), other.exists()) == (False, True)
+        gone.parent.mkdir()
+        gone.write_bytes(b"of a cancelling that was cut off")
+        code, _, err = run("cancel", jobs[0].sha256, "--policy", policy_path)
+        assert (code, "cancelled already" in err) == (1, True)
+        assert not gone.exists()
 
     def test_evidence_of_ledger_and_job(self, run: Run, policy_path: Path, tmp_path: Path) -> None:
         _, job = write_job(tmp_path)

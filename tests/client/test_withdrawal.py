@@ -283,6 +283,54 @@ def test_the_ledger_keeps_the_charges_and_leaves_the_patient_out(
     assert store.patients() == [bob]
 
 
+@pytest.fixture
+def latents(store: SiteStore, policy: Path) -> dict[str, list[Path]]:
+    """Return the latents by patient that two jobs keep."""
+    folders = [SiteHome.open(policy).latents_folder / job for job in ("1" * 64, "2" * 64)]
+    files: dict[str, list[Path]] = {}
+    for name in ("ann", "bob"):
+        pseudonym = store.pseudonym(name)
+        files[name] = [folder / f"{pseudonym}-{'0' * 32}.latents" for folder in folders]
+        files[name].append(folders[0] / f".{pseudonym}-{'1' * 32}.latents.partial")
+    for path in files["ann"] + files["bob"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"sealed")
+    return files
+
+
+def test_latents_of_the_patient_are_erased_at_once(
+    run: Run, store: SiteStore, policy: Path, latents: dict[str, list[Path]]
+) -> None:
+    command = ("withdraw", "ann", "--name", "--store", store.root, "--policy", policy, "--yes")
+    code, out, _ = run(*command)
+    assert (code, "Latents" in out) == (0, True)
+    assert not any(path.exists() for path in latents["ann"])
+    assert all(path.exists() for path in latents["bob"])
+    latents["ann"][0].write_bytes(b"of a round that ran at that moment")
+    assert run(*command)[0] == 0
+    assert not latents["ann"][0].exists()
+
+
+def test_one_file_that_cannot_be_erased_keeps_no_other(
+    run: Run, store: SiteStore, policy: Path, latents: dict[str, list[Path]]
+) -> None:
+    ann = store.pseudonym("ann")
+    command = ("withdraw", ann, "--store", store.root, "--policy", policy, "--yes")
+    in_the_store = store.root / "scans" / ann / "folder"
+    in_the_store.mkdir()
+    code, _, err = run(*command)
+    assert (code, "cannot be erased" in err, ann in err) == (1, True, True)
+    assert not any(path.exists() for path in latents["ann"])
+    in_the_store.rmdir()
+    obstacle = latents["ann"][0]
+    obstacle.mkdir()
+    code, _, err = run(*command)
+    assert (code, f"{obstacle}: cannot be erased" in err) == (1, True)
+    assert files_of(store.root, ann) == []
+    obstacle.rmdir()
+    assert run(*command)[0] == 0
+
+
 def test_a_ledger_that_cannot_be_opened_stops_the_withdrawal(
     run: Run, store: SiteStore, policy: Path
 ) -> None:

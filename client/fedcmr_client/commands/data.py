@@ -15,7 +15,7 @@ from fedcmr_shared.errors import ConfigurationError, DataError
 
 if TYPE_CHECKING:
     from fedcmr_client.importers import ImportSummary
-    from fedcmr_client.ledger import Ledger
+    from fedcmr_client.site_home import SiteHome
     from fedcmr_client.store.site_store import Problem, ScanRecord, SiteStore
     from fedcmr_client.store.split import Split
 
@@ -309,11 +309,13 @@ def withdraw(
 ) -> None:
     """Erase all scans of PATIENT for good; nothing of them is imported or used again.
 
-    The ledger keeps what the patient was charged and leaves them out of every later job. The
-    command can be repeated, which finishes a withdrawal that was cut off.
+    The ledger keeps what the patient was charged and leaves them out of every later job. What
+    running jobs keep of their scans, encrypted latents, is erased, too. The command can be
+    repeated, which finishes a withdrawal that was cut off.
     """
     from contextlib import ExitStack
 
+    from fedcmr_client.latents import erase_patient
     from fedcmr_client.store.site_store import SiteStore
 
     here = Path("policy.yaml")
@@ -322,25 +324,32 @@ def withdraw(
         store = stack.enter_context(SiteStore.open(root))
         pseudonym = store.pseudonym(patient) if by_name else patient
         scans = store.scans_of(pseudonym)
-        ledger = None if policy is None else stack.enter_context(_open_ledger(policy, root))
+        home = None if policy is None else _site_of(policy, root)
+        ledger = None if home is None else stack.enter_context(home.open_ledger())
         question = f"Erase {len(scans)} scans of {pseudonym}? This cannot be undone"
         if not (yes or click.confirm(question, err=True)):
             raise DataError(f"{pseudonym}: not confirmed, nothing was changed")
         # The ledger comes first: from here on no job can use the patient, whatever happens next.
         if ledger is not None:
             ledger.withdraw(pseudonym)
-        erased = store.withdraw(pseudonym)
+        # Then the scans, of which a round that runs now would make latents. One that cannot be
+        # erased keeps no latents.
+        try:
+            erased = store.withdraw(pseudonym)
+        finally:
+            if home is not None:
+                erase_patient(home.latents_folder, pseudonym)
     _print_withdrawal(pseudonym, erased, policy, as_json=as_json)
 
 
-def _open_ledger(policy: Path, root: Path) -> Ledger:
+def _site_of(policy: Path, root: Path) -> SiteHome:
     from fedcmr_client.site_home import SiteHome
 
     home = SiteHome.open(policy)
     if home.policy.store != root.resolve():
         message = f"use the --store of the policy, {home.policy.store}"
         raise ConfigurationError(f"policy {policy} is not that of {root}: {message}")
-    return home.open_ledger()
+    return home
 
 
 def _print_withdrawal(patient: str, scans: int, policy: Path | None, *, as_json: bool) -> None:
@@ -354,6 +363,7 @@ def _print_withdrawal(patient: str, scans: int, policy: Path | None, *, as_json:
         click.echo("No ledger was touched. Does the site have one? Repeat this with its --policy.")
     else:
         click.echo("The ledger keeps the charges and leaves the patient out of every later job.")
+        click.echo("Latents that running jobs kept of the patient are erased.")
     click.echo("This cannot undo:")
     for line in _CANNOT_UNDO:
         click.echo(f"- {line}")

@@ -245,16 +245,21 @@ def set_clock(policy_path: Path, as_json: bool) -> None:
 def cancel(job: str, policy_path: Path, as_json: bool) -> None:
     """Close JOB (its SHA-256 or how that begins) and release what it never started.
 
-    What was started stays spent. The job cannot be admitted again.
+    What was started stays spent. The job cannot be admitted again. What it kept of patients,
+    encrypted latents, is erased; repeating the command finishes that if it was cut off.
     """
-    _, ledger = open_site(policy_path)
+    from fedcmr_client.latents import erase_job
+
+    home, ledger = open_site(policy_path)
     with ledger:
         found = find_job(ledger, job)
         state = ledger.budget.jobs[found]
         if state.closed is not None:
+            erase_job(home.latents_folder, found)
             raise LedgerError(f"job {found[:SHOWN]} is {state.closed} already: nothing to cancel")
         released = {phase: state.left(phase) for phase in state.admitted.phases}
         ledger.finish(found, "cancelled")
+        erase_job(home.latents_folder, found)
     if as_json:
         print_json({"job": found, "name": state.admitted.name, "released": released})
     else:

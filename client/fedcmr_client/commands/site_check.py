@@ -46,6 +46,8 @@ def check(job: Path, policy_path: Path, as_json: bool) -> None:
     ]
     if spec.aggregation != "plain_with_local_dp":
         rows.append(_roster_row(spec, home))
+    if spec.privacy is not None and spec.privacy.evaluation.energy_total:
+        rows.append(_energy_row(home))
     with home.open_ledger() as ledger:
         budget = _forecast(spec, ledger)
     rows.append({"rule": "budget", "passed": budget["passed"], "text": _budget_text(budget)})
@@ -68,6 +70,18 @@ def _roster_row(job: JobSpec, home: SiteHome) -> dict[str, Any]:
         return {"rule": "roster", "passed": False, "text": str(refusal)}
     text = f"summed with {len(group.sites) - 1} other sites; {group.threshold} open a sum"
     return {"rule": "roster", "passed": True, "text": text}
+
+
+def _energy_row(home: SiteHome) -> dict[str, Any]:
+    """Return what leaves of the energy that the job asks about; any answer suits the job."""
+    energy = home.policy.energy
+    if energy is None:
+        text = "this site gives none, 0 leaves: the policy has no energy section"
+    elif not energy.report_total:
+        text = "this site gives none, 0 leaves: energy.report_total is false"
+    else:
+        text = "this site's leaves, rounded up, inside a secure sum: energy.report_total is true"
+    return {"rule": "energy-total", "passed": True, "text": f"the job asks for it; {text}"}
 
 
 def _forecast(job: JobSpec, ledger: Ledger) -> dict[str, Any]:

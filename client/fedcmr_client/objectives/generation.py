@@ -17,7 +17,6 @@ from fedcmr_client.cine import read_heart
 from fedcmr_client.dataset import Cohort
 from fedcmr_client.latents import LatentCache, Latents
 from fedcmr_client.store.site_store import ScanRecord
-from fedcmr_shared.errors import ConfigurationError
 from fedcmr_shared.models.bundle import state_sha256
 from fedcmr_shared.models.clips import clip_grid
 from fedcmr_shared.models.cpgg import CPGG
@@ -62,7 +61,8 @@ class GenerationObjective:
         privacy = self._job.privacy
         assert privacy is not None  # no other job comes here
         if self._cache is None:
-            raise ConfigurationError("an objective without a cache checks gradients only")
+            # No error of the tree: the trainer would count the patient as zero and go on.
+            raise ValueError("an objective without a cache checks gradients only")
         scans = cohort.scans(patient)
         found = self._cache.latents(
             patient, scans, self._autoencoder_sha256, lambda: self._encode(scans)

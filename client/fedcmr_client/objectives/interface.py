@@ -23,6 +23,7 @@ class Objective(Protocol[Example]):
         Raises:
             ConfigurationError: the job does not fit the patient's scans.
             DataError: the patient's scans are damaged or of no use.
+            LedgerError: what is kept of the patient between steps cannot be read or written.
         """
 
     def loss_of(self, module: nn.Module) -> Loss[Example]:

@@ -19,7 +19,8 @@ let out is zero for all its patients, which moves the vector by less.
 
 The outcome of a generator's memorisation gate leaves by the same way, as one bit:
 ``memorisation/passed`` is 1 where the gate passed, and 0 where it failed or could not decide. It has no
-noise and no epsilon, which every claim says. So has ``energy/kwh``, where a job asks for it.
+noise and no epsilon, which every claim says. ``energy/kwh``, where a job asks for it, has none either:
+each site's term is rounded up instead, and the ledger does not know of it, but the model's card does.
 """
 
 from __future__ import annotations

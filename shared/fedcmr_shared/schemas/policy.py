@@ -162,8 +162,8 @@ class EvaluationPolicy(BaseModel):
     metrics: tuple[Metric, ...] = Field(
         default=("psnr", "ssim", "nmse"),
         description="Scores that may leave the site, as sums over its patients; empty for none. "
-        "Generators need memorisation: one bit, whether the site's gate found copies of patients, "
-        "which leaves without noise inside a secure sum only.",
+        "Generators need memorisation: one bit, whether the site's gate passed, which leaves "
+        "without noise inside a secure sum only.",
     )
     allow_unnoised: Flag = Field(
         default=False,
@@ -188,9 +188,9 @@ class EnergyPolicy(BaseModel):
         default=4.0, description="Power of one busy thread in watts, for a second estimate."
     )
     report_total: Flag = Field(
-        default=True,
+        default=False,
         description="Add the energy that a job took to the sum of all sites when the job asks for "
-        "it, rounded up to one digit and at least 0.1 kWh.",
+        "it, without noise, rounded up to one digit and at least 0.1 kWh. Otherwise 0 leaves.",
     )
 
 
@@ -287,6 +287,7 @@ class SitePolicy(BaseModel):
     )
     energy: EnergyPolicy | None = Field(
         default=None,
+        exclude_if=lambda block: block is None,  # policies of before keep their hash
         description="How energy is measured; null for not at all. Figures stay in the site's own "
         "report, `fedcmr site energy`.",
     )
