@@ -6,8 +6,8 @@ hearts show what a distance means.
 
     python benchmarks/generation.py --out benchmarks/results/generation.json
 
-The hearts are drawn with a seed that the packaged weights were not trained with. Two minutes and a half of CPU time with 48
-hearts, of which half are on either side of a distance.
+The hearts are drawn with a seed that the packaged weights were not trained with. Two minutes and a
+half of CPU time with 48 hearts, of which half are on either side of a distance.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ which nobody copied.
 
 Generators: the packaged starting weights, which saw none of these patients, and the same network
 after its generator was trained on eight of the training patients alone, without privacy and for
-much too long. Each draws as many clips as patients are held out. The over-trained one is examined
-twice: against all training patients, of whom it knows eight, and against these eight.
+much too long. Each draws as many clips as patients are held out: the starting weights for the
+phenotypes of these, the over-trained one for those of its eight. The latter is examined twice:
+against all training patients, of whom it knows eight, and against these eight.
 
 Seconds are those of one thread's work.
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from clip_copies import noisy, turned
 
 from fedcmr_shared.metrics.memorisation import Examination, Findings, GateConfig, compare, examine
 from fedcmr_shared.models.bundle import load_bundle
@@ -50,34 +54,21 @@ MEMORISED = 8
 RATE = 1e-3
 
 
-def turned(clips: Tensor, degrees: float) -> Tensor:
-    count, _, frames = clips.shape[:3]
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turn = torch.tensor([[cos, -sin, 0], [sin, cos, 0]]).expand(count * frames, 2, 3)
-    images = clips.reshape(count * frames, 1, *clips.shape[3:])
-    grid = F.affine_grid(turn, list(images.shape), align_corners=False)
-    moved = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved.reshape(clips.shape)
-
-
-def noisy(clips: Tensor, deviation: float) -> Tensor:
-    noise = torch.randn(clips.shape, generator=torch.Generator().manual_seed(SEED))
-    return (clips + deviation * noise).clamp(-1, 1)
-
-
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "exact": lambda clips: clips,
     "mirrored left and right": lambda clips: clips.flip(-1),
     "mirrored up and down": lambda clips: clips.flip(-2),
     "turned by 5 degrees": lambda clips: turned(clips, 5),
     "turned by -10 degrees": lambda clips: turned(clips, -10),
-    "noise of deviation 0.1": lambda clips: noisy(clips, 0.1),
-    "noise of deviation 0.2": lambda clips: noisy(clips, 0.2),
+    "noise of deviation 0.1": lambda clips: noisy(clips, 0.1, SEED),
+    "noise of deviation 0.2": lambda clips: noisy(clips, 0.2, SEED),
     "brightness and contrast": lambda clips: 0.7 * clips - 0.2,
     "begun a third of a beat later": lambda clips: torch.roll(clips, clips.shape[2] // 3, 2),
     "shifted by 1 pixel": lambda clips: torch.roll(clips, 1, -1),
     "shifted by 2 pixels": lambda clips: torch.roll(clips, 2, -1),
-    "mirrored, turned by 8 degrees, noise 0.1": lambda clips: noisy(turned(clips.flip(-1), 8), 0.1),
+    "mirrored, turned by 8 degrees, noise 0.1": lambda clips: noisy(
+        turned(clips.flip(-1), 8), 0.1, SEED
+    ),
 }
 
 
@@ -194,11 +185,11 @@ def all_copies(patients: int) -> dict[str, Any]:
 
 def all_generators(patients: int, steps: int, weights: Path) -> dict[str, Any]:
     bundle = load_bundle(weights)
-    model = bundle.model
-    assert isinstance(model, CPGG)
-    hearts = gathered(model, 2 * patients)
+    if not isinstance(bundle.model, CPGG):
+        raise SystemExit(f"{weights} holds no CPGG")
+    hearts = gathered(bundle.model, 2 * patients)
     training, held_out = (part(hearts, slice(start, start + patients)) for start in (0, patients))
-    rows = generators(model, training, held_out, GateConfig(), steps)
+    rows = generators(bundle.model, training, held_out, GateConfig(), steps)
     return {"patients in each group": patients, "weights_sha256": bundle.sha256, **rows}
 
 

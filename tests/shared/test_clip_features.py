@@ -26,7 +26,6 @@ from fedcmr_shared.models.video_vae import VideoVAE, VideoVAEConfig
 
 SEGMENTER = load_segmenter()
 FIRST, SECOND = drawn_hearts(8, seed=1), drawn_hearts(8, seed=2)
-DRAWS = np.random.default_rng(0)
 Damage = Callable[[np.ndarray], np.ndarray]
 
 
@@ -51,12 +50,17 @@ def undamaged(name: str) -> tuple[FeatureSample, FeatureSample]:
     return EXTRACTORS[name](FIRST), EXTRACTORS[name](SECOND)
 
 
+def own_seed(clip: np.ndarray) -> int:
+    """Another one for each clip, whatever was drawn before."""
+    return int(1e6 * abs(clip[0, 0, 0]))
+
+
 def blurred(clip: np.ndarray) -> np.ndarray:
     return gaussian_filter(clip, (0, 1.2, 1.2))
 
 
 def noisy(clip: np.ndarray) -> np.ndarray:
-    return clip + DRAWS.normal(0, 0.15, clip.shape)
+    return clip + np.random.default_rng(own_seed(clip)).normal(0, 0.15, clip.shape)
 
 
 def frozen(clip: np.ndarray) -> np.ndarray:
@@ -73,7 +77,7 @@ def mirrored(clip: np.ndarray) -> np.ndarray:
 
 def too_small(clip: np.ndarray) -> np.ndarray:
     """Hearts of another phenotype than the one asked for."""
-    return drawn_heart(15.0, 0.2, seed=int(1e6 * abs(clip[0, 0, 0])))
+    return drawn_heart(15.0, 0.2, seed=own_seed(clip))
 
 
 class TestDamage:
@@ -149,6 +153,16 @@ class TestMotion:
         found = follow(frozen(drawn_heart()), PIXEL_MM, SEGMENTER.model).descriptors()
         for name in ("area_change", "emptying", "filling", "displacement", "strain"):
             assert getattr(found, name) == pytest.approx(0, abs=1e-6)
+        for name in ("curve_roughness", "flow_roughness", "closure", "roughness"):
+            assert getattr(found, name) == pytest.approx(1, abs=1e-6)
+
+    def test_half_a_beat_does_not_close(self) -> None:
+        whole = drawn_heart(frames=16)
+        closed, half = (
+            follow(clip, PIXEL_MM, SEGMENTER.model).descriptors() for clip in (whole, whole[:9])
+        )
+        assert closed.closure < 1.5
+        assert half.closure > 2 * closed.closure
 
     def test_shuffled_and_noisy_beats_are_rough(self) -> None:
         beat = drawn_heart(frames=8)
@@ -173,6 +187,12 @@ class TestMotion:
 
 
 class TestSpaces:
+    @pytest.mark.parametrize(("length", "frames"), [(8, [0, 2, 4, 6]), (11, [0, 2, 5, 8])])
+    def test_four_frames_are_spread_over_the_beat(self, length: int, frames: list[int]) -> None:
+        clip = drawn_heart(frames=length)
+        found, wanted = (EXTRACTORS["spectrum"]([c]) for c in (clip, clip[frames]))
+        np.testing.assert_allclose(found.values, wanted.values)
+
     @pytest.mark.parametrize("name", sorted(EXTRACTORS))
     def test_a_clip_has_the_same_features_alone_and_among_others(self, name: str) -> None:
         extractor = EXTRACTORS[name]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drawn_hearts import PIXEL_MM, drawn_heart
 
 from fedcmr_shared.errors import ConfigurationError, DataError
 from fedcmr_shared.metrics.phenotypes.clip import area_curve, measure_clip
@@ -136,6 +137,43 @@ def test_the_ventricle_is_cavity_and_wall_without_the_right_one() -> None:
     labels[0, 5, 11] = 1
     labels[0, 15:, 20:] = 3
     assert ventricle_centre(labels) == (5.0, 11.0)
+
+
+def test_areas_of_a_drawn_heart_are_measured() -> None:
+    """Frame 0 is end diastole, and so is a neighbour with a larger cavity, but no later frame."""
+    segmenter = load_segmenter().model
+    clip = drawn_heart(26.0, 0.2, frames=12)
+    found = measure_clip(clip, PIXEL_MM, segmenter)
+    assert found["LVEDA"] == pytest.approx(np.pi * 26**2, rel=0.12)
+    assert found["LVESA"] == pytest.approx(np.pi * (0.8 * 26) ** 2, rel=0.12)
+    assert found["LVFAC"] == pytest.approx(100 * (1 - 0.8**2), abs=4)
+    assert found["LVFAC"] == pytest.approx(100 * (1 - found["LVESA"] / found["LVEDA"]))
+    assert found["LVMA"] == pytest.approx(np.pi * (35**2 - 26**2), rel=0.25)
+    for frames in (1, -1):
+        assert measure_clip(np.roll(clip, frames, 0), PIXEL_MM, segmenter) == found
+    later = measure_clip(np.roll(clip, 4, 0), PIXEL_MM, segmenter)
+    assert later["LVEDA"] < 0.9 * found["LVEDA"]
+
+
+def test_a_heart_that_stands_still_has_a_change_of_area_of_0() -> None:
+    still = np.repeat(drawn_heart()[:1], 8, axis=0)
+    found = measure_clip(still, PIXEL_MM, load_segmenter().model)
+    assert found["LVFAC"] == 0
+    assert found["LVESA"] == found["LVEDA"] > 0
+
+
+def test_one_frame_shows_no_change_of_area() -> None:
+    assert set(measure_clip(drawn_heart()[:1], PIXEL_MM, load_segmenter().model)) == {
+        "LVEDA",
+        "LVMA",
+    }
+
+
+def test_areas_do_not_depend_on_how_many_fine_pixels_fit() -> None:
+    """48 pixels of 2.99 and of 3.01 mm are 144 fine ones, but not as large."""
+    clip, segmenter = drawn_heart(), load_segmenter().model
+    small, large = (area_curve(clip, pixel_mm, segmenter) for pixel_mm in (2.99, 3.01))
+    np.testing.assert_allclose(large / small, (3.01 / 2.99) ** 2)
 
 
 def test_without_a_heart_nothing_is_found() -> None:

@@ -17,7 +17,6 @@ from fedcmr_shared.metrics.generation import (
     diversity,
     frechet_distance,
     kernel_distance,
-    motion,
     project,
     similarity,
 )
@@ -156,31 +155,13 @@ class TestDiversity:
             diversity([beating()], 3)
         with pytest.raises(DataError, match="cannot be compared"):
             similarity(beating(), beating(frames=6))
-
-
-class TestMotion:
-    def test_a_beat_closes_smoothly(self) -> None:
-        found = motion(beating(frames=24))
-        assert found.closure < 1.5
-        assert found.roughness < 0.6
-
-    def test_shuffled_and_noisy_frames_are_rough(self) -> None:
-        beat = beating(frames=24)
-        order = np.random.default_rng(0).permutation(len(beat))
-        noise = np.random.default_rng(0).normal(0, 0.05, beat.shape)
-        smooth = motion(beat).roughness
-        assert motion(beat[order]).roughness > 2 * smooth
-        assert motion(beat + noise).roughness > 2 * smooth
-
-    def test_half_a_beat_does_not_close(self) -> None:
-        half = beating(frames=24)[:12]
-        assert motion(half).closure > 3 * motion(beating(frames=24)).closure
-
-    def test_what_stands_still_is_no_beat(self) -> None:
-        with pytest.raises(DataError, match="stands still"):
-            motion(np.ones((5, 8, 8)))
-        with pytest.raises(DataError, match="at least 4"):
-            motion(beating()[:3])
+        with pytest.raises(DataError, match="0 pairs"):
+            diversity([beating()] * 2, 0)
+        with pytest.raises(DataError, match="at least 44 pixels"):
+            similarity(beating(size=43), beating(size=43))
+        assert similarity(beating(size=44), beating(size=44)) == pytest.approx(1, abs=1e-3)
+        with pytest.raises(DataError, match="not finite"):
+            similarity(beating(), math.nan * beating())
 
 
 class TestAdherence:
@@ -205,6 +186,14 @@ class TestAdherence:
             adherence(asked, np.array([1.0, np.nan, np.nan, 4.0]))
         with pytest.raises(DataError, match="that differ"):
             adherence(np.ones(4), asked)
+
+    def test_each_measured_sample_has_a_request(self) -> None:
+        asked, found = np.array([1.0, math.nan, 3.0, 4.0]), np.arange(4.0)
+        with pytest.raises(DataError, match="give one for each"):
+            adherence(asked[:3], found)
+        with pytest.raises(DataError, match="a request is not finite"):
+            adherence(asked, found)
+        assert adherence(asked, np.where(np.isnan(asked), math.nan, found)).samples == 3
 
 
 class TestTables:

@@ -117,13 +117,29 @@ class TestExamine:
     def test_a_memorising_generator_fails_and_new_patients_pass(self) -> None:
         clips = different_hearts(3 * PATIENTS, seed=1)
         training, held_out, fresh = torch.split(clips, PATIENTS)
-        honest = examine(training, held_out, fresh, QUICK, seeded())
+        honest = examine(training, held_out, fresh, replace(QUICK, detector=LONGER), seeded())
         assert honest.outcome == "passed"
         assert honest.text.startswith("passed: of 60 training patients ")
+        assert honest.found is not None
+        assert honest.found >= 0.95
         copied = noisy(training[:12].repeat(5, 1, 1, 1, 1), 0.1)
         memorising = examine(training, held_out, copied, QUICK, seeded())
         assert memorising.outcome == "failed"
         assert "\n" not in memorising.text
+
+    def test_a_detector_that_misses_plain_copies_lets_nothing_pass(self) -> None:
+        """The attack has to succeed where it should; what it finds all the same has been found."""
+        clips = different_hearts(3 * PATIENTS, seed=1)
+        training, held_out, fresh = torch.split(clips, PATIENTS)
+        weak = examine(training, held_out, fresh, QUICK, seeded())
+        assert weak.findings is not None
+        assert not fails(weak.findings)
+        assert weak.found is not None
+        assert weak.found < QUICK.least_found
+        assert weak.outcome == "undecided"
+        assert weak.text.startswith("undecided: the detector found ")
+        content = replace(QUICK, least_found=weak.found)
+        assert examine(training, held_out, fresh, content, seeded()).outcome == "passed"
 
     def test_59_held_out_patients_decide_nothing_and_60_do(self) -> None:
         training, held_out = different_hearts(8), different_hearts(LEAST_HELD_OUT, 1)
@@ -141,6 +157,27 @@ class TestExamine:
     def test_even_copies_leave_a_small_site_undecided(self) -> None:
         few = different_hearts(10)
         assert examine(few, few, few, STEP, seeded()).outcome == "undecided"
+
+    def test_held_out_patients_who_are_training_patients_decide_nothing(self) -> None:
+        """Nothing but rounding exceeds a correlation of 1: even exact copies could pass."""
+        training = different_hearts(LEAST_HELD_OUT)
+        assert examine(training, training, training, STEP, seeded()).outcome == "undecided"
+        held_out = torch.cat([training[:6].flip(-1), different_hearts(LEAST_HELD_OUT - 6, 1)])
+        found = examine(training, held_out, training, STEP, seeded())
+        assert found.findings is not None
+        assert found.outcome == "undecided"
+        assert found.text.startswith("undecided: with tau 1.000 the detector does not tell")
+
+    def test_a_detector_whose_training_went_astray_decides_nothing(self) -> None:
+        """What is no number exceeds nothing, so that even exact copies would pass."""
+        training, held_out = different_hearts(8), different_hearts(LEAST_HELD_OUT, 1)
+        astray = replace(STEP, detector=replace(STEP.detector, steps=3, learning_rate=1e30))
+        copied = training.repeat(8, 1, 1, 1, 1)[:LEAST_HELD_OUT]
+        found = examine(training, held_out, copied, astray, seeded())
+        assert found.findings is not None
+        assert math.isnan(found.findings.tau)
+        assert found.text.startswith("undecided: with tau nan the detector does not tell")
+        assert found.outcome == "undecided"
 
     def test_equal_generators_give_equal_findings(self) -> None:
         training, held_out = different_hearts(8), different_hearts(LEAST_HELD_OUT, 1)
@@ -277,6 +314,12 @@ class TestShares:
         """The largest of 8 correlations is exceeded by a ninth with probability 1 / 9."""
         found = compare(points(8, 0), points(60, 1), points(60, 2), STEP, seeded())
         assert found.training.chance == pytest.approx(1 / 9)
+        honest = [
+            compare(points(8, 3 * k), points(60, 3 * k + 1), points(60, 3 * k + 2), STEP, seeded(k))
+            for k in range(200)
+        ]
+        assert np.mean([each.training.share for each in honest]) == pytest.approx(1 / 9, abs=0.03)
+        assert np.mean([fails(each) for each in honest]) <= 0.16
         copied = compare(
             points(8, 0), points(60, 1), points(8, 0).repeat(8, 1)[:60], STEP, seeded()
         )

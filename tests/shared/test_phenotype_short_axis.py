@@ -232,6 +232,19 @@ def test_one_slice_gives_its_own_numbers() -> None:
     assert single_slice(replace(heart, labels=np.zeros_like(heart.labels))) == {}
 
 
+def test_one_slice_that_stands_still_has_a_change_of_area_of_0() -> None:
+    heart = beating(frames=4)
+    still = replace(heart, labels=heart.labels[[0, 0, 0]])
+    found = single_slice(still)
+    assert found["LVFAC"] == 0
+    assert found["LVESA"] == found["LVEDA"] > 0
+    assert not {"LVEF", "LVESV"} & set(volumes(still))
+    # One frame tells no change, nor does a beat whose first frame is the smallest.
+    for frames in ([0], [2, 1, 0, 1]):
+        other = single_slice(replace(heart, labels=heart.labels[frames]))
+        assert set(other) == {"LVEDA", "LVMA"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,8 +1,8 @@
 """Features of clips, in which distances between sets of clips are measured.
 
 No network trained on public videos or on hearts of many hospitals comes with a package that may be
-shipped here, so the extractors are ours: the packaged segmenter, read at its deepest level, for
-single frames and for whole beats; the encoder of a CPGG's own autoencoder, which is blind to what
+shipped here, so the extractors are ours: the packaged segmenter on its way down, for single
+frames and for whole beats; the encoder of a CPGG's own autoencoder, which is blind to what
 that autoencoder loses; and descriptors of motion, which use no network beyond the labels. A
 distance in them is relative: it ranks sets of clips, and no other number compares with it.
 
@@ -67,7 +67,7 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FrameFeatures:
-    """Single frames, as the deepest level of the segmenter sees them; four samples from a clip."""
+    """Single frames, as the segmenter sees them on its way down; four samples from a clip."""
 
     segmenter: LoadedSegmenter
     pixel_mm: float
@@ -92,7 +92,7 @@ class FrameFeatures:
 
 @dataclass(frozen=True, eq=False)
 class BeatFeatures:
-    """Whole beats, as the deepest level of the segmenter sees them over time."""
+    """Whole beats, as the segmenter sees their frames on its way down, in harmonics over time."""
 
     segmenter: LoadedSegmenter
     pixel_mm: float
@@ -166,7 +166,7 @@ class SpectrumFeatures:
 
 
 def _quarters(clip: Clip) -> Clip:
-    return clip[:: max(len(clip) // FRAMES_PER_CLIP, 1)][:FRAMES_PER_CLIP]
+    return clip[np.arange(FRAMES_PER_CLIP) * len(clip) // FRAMES_PER_CLIP]
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +290,8 @@ def follow(clip: Clip, pixel_mm: float, segmenter: Segmenter) -> Beat:
     cavity = segment(segmenter, images[0], (pixel_mm, pixel_mm)) == CAVITY
     start = outline(cavity, Spacing(pixel_mm, pixel_mm, 1.0))
     if start is None or area.min() < LEAST_AREA_MM2:
-        raise DataError(f"no LV cavity in frame {area.argmin()}: the clip shows no beating heart")
+        frame = 0 if start is None else int(area.argmin())
+        raise DataError(f"no LV cavity in frame {frame}: the clip shows no beating heart")
     places = _track_near(images, start / pixel_mm) * pixel_mm
     reach = np.linalg.norm(places - places.mean(axis=1, keepdims=True), axis=-1).mean(axis=1)
     length = np.linalg.norm(places - np.roll(places, 1, axis=1), axis=-1).sum(axis=1)

@@ -1,9 +1,9 @@
-"""How generated clips compare with real ones: realism, diversity, motion and obedience.
+"""How generated clips compare with real ones: realism, diversity and obedience.
 
 Distances are between features of :mod:`fedcmr_shared.metrics.clip_features`, and mean something only
 beside others of the same extractor, number of samples and preprocessing: never compare them with a
 paper's FID or FVD. `Distance` refuses it. Each metric has a known damage that it must notice; see
-`tests/shared/test_generation.py`.
+`tests/shared/test_generation.py` and `tests/shared/test_clip_features.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ Features = NDArray[np.floating]
 """``[sample, feature]``."""
 
 Clip = NDArray[np.floating]
-"""``[frame, y, x]``; one heart beat, whose last frame is followed by its first."""
+"""``[frame, y, x]`` in [-1, 1]; one heart beat, whose last frame is followed by its first."""
 
 _KERNEL_DEGREE: Final = 3
 _SCALES: Final = (0.0448, 0.2856, 0.3001)  # of Wang et al.'s five, those that fit 96 pixels
 _WINDOW: Final = 11
+_LEAST_SIDE: Final = _WINDOW * 2 ** (len(_SCALES) - 1)  # the window on the coarsest scale
 
 
 @dataclass(frozen=True)
@@ -175,13 +176,18 @@ def project(features: Features, width: int) -> Floats:
 def similarity(first: Clip, second: Clip) -> float:
     """Return the mean multi-scale structural similarity of two clips in [-1, 1], frame by frame.
 
-    Three scales with the weights of Wang et al. 2003; single precision, good to 1e-3.
+    Three of the five scales of Wang et al. 2003 with their weights, which add up to 0.63, and even
+    windows: compare the values with one another only. Single precision, good to 1e-3.
 
     Raises:
-        DataError: their shapes differ.
+        DataError: their shapes differ, a side is below 44 pixels, or a value is not finite.
     """
     if first.shape != second.shape:
         raise DataError(f"clips of {first.shape} and {second.shape} cannot be compared")
+    if min(first.shape[1:]) < _LEAST_SIDE:
+        raise DataError(f"frames of {first.shape[1:]}: give at least {_LEAST_SIDE} pixels a side")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise DataError("a clip holds values that are not finite: leave it out")
     one, two = (torch.as_tensor(np.asarray(each, np.float32))[:, None] for each in (first, second))
     value = multiscale_structural_similarity_index_measure(
         one, two, data_range=2.0, kernel_size=_WINDOW, betas=_SCALES, gaussian_kernel=False
@@ -193,45 +199,16 @@ def diversity(clips: Sequence[Clip], pairs: int, seed: int = 0) -> float:
     """Return 1 less the mean similarity of random pairs: 0 when all clips are the same.
 
     Raises:
-        DataError: there are fewer than two clips.
+        DataError: there are fewer than two clips or no pairs, or as `similarity`.
     """
-    if len(clips) < 2:
-        raise DataError(f"the diversity of {len(clips)} clips says nothing: give at least 2")
+    if len(clips) < 2 or pairs < 1:
+        raise DataError(
+            f"the diversity of {len(clips)} clips in {pairs} pairs says nothing: give at least 2 "
+            "and 1"
+        )
     draws = np.random.default_rng(seed)
     chosen = [draws.choice(len(clips), 2, replace=False) for _ in range(pairs)]
     return 1 - float(np.mean([similarity(clips[a], clips[b]) for a, b in chosen]))
-
-
-class Motion(NamedTuple):
-    """How a clip moves.
-
-    ``change`` is the mean absolute difference of neighbouring frames, ``closure`` that of the last
-    to the first frame in units of it (1 for a beat that closes), and ``roughness`` the mean
-    absolute second difference in time, in the same units: small for smooth motion, and about 2
-    for frames that have nothing to do with each other.
-    """
-
-    change: float
-    closure: float
-    roughness: float
-
-
-def motion(clip: Clip) -> Motion:
-    """Describe the motion of a beat.
-
-    Raises:
-        DataError: fewer than four frames, or none differs from the one before.
-    """
-    if len(clip) < 4:
-        raise DataError(f"{len(clip)} frames are no beat: give at least 4")
-    frames = np.asarray(clip, dtype=np.float64)
-    steps = np.abs(np.diff(frames, axis=0)).mean(axis=(1, 2))
-    change = float(steps.mean())
-    if change == 0:
-        raise DataError("the clip stands still")
-    closure = float(np.abs(frames[-1] - frames[0]).mean()) / change
-    second = np.abs(np.diff(frames, n=2, axis=0)).mean()
-    return Motion(change, closure, float(second) / change)
 
 
 class Adherence(NamedTuple):
@@ -250,10 +227,17 @@ def adherence(requested: Features, measured: Features) -> Adherence:
     bias lowers it, and may be negative.
 
     Raises:
-        DataError: fewer than three samples are left, or all requests are the same.
+        DataError: not one finite request for each measured sample, fewer than three samples are
+            left, or all requests are the same.
     """
+    if np.shape(requested) != np.shape(measured):
+        raise DataError(
+            f"{np.shape(requested)} requests for {np.shape(measured)} samples: give one for each"
+        )
     there = np.isfinite(measured)
     asked, found = np.asarray(requested)[there], np.asarray(measured)[there]
+    if not np.isfinite(asked).all():
+        raise DataError("a request is not finite: leave its sample out, or make it NaN as well")
     if len(asked) < 3 or np.ptp(asked) == 0:
         raise DataError(f"{len(asked)} measured samples say nothing: ask for 3 or more that differ")
     error = found - asked
@@ -270,7 +254,7 @@ class Tables(NamedTuple):
     """How two samples of phenotypes differ, in units of the first one's standard deviation.
 
     ``wasserstein`` is by name; ``correlation`` the root mean square difference of the two
-    correlation matrices.
+    correlation matrices, over the columns of the second that vary; NaN where none does.
     """
 
     wasserstein: Mapping[str, float]
@@ -311,4 +295,4 @@ def _check(first: Features, second: Features) -> None:
     if min(len(first), len(second)) < 2:
         raise DataError("a distance needs at least two samples on either side")
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
-        raise DataError("a feature is not finite")
+        raise DataError("a feature is not finite: look at the clips that gave it")

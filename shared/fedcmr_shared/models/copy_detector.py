@@ -34,6 +34,7 @@ _GROUPS: Final = 4
 _BATCH: Final = 64
 
 _TURN: Final = math.radians(20)
+_PLAIN_TURN: Final = math.radians(10)
 _ZOOM: Final = 0.06
 _SHIFT: Final = 0.08  # of the field of view
 _GAMMA: Final = 0.2
@@ -140,21 +141,39 @@ def altered(views: Tensor, generator: torch.Generator) -> Tensor:
     little, begun at another phase of the beat, with other contrast, blurred and with noise: the
     last three are what a generator's decoder does.
     """
-    count, _, frames = views.shape[:3]
+    count = len(views)
 
     def uniform(*shape: int) -> Tensor:
         return 2 * torch.rand(count, *shape, generator=generator) - 1
 
-    moved = _moved(views, _maps(uniform(6)))
-    starts = torch.randint(frames, (count,), generator=generator)
-    order = (starts[:, None] + torch.arange(frames)) % frames
-    moved = moved[torch.arange(count)[:, None], :, order].transpose(1, 2)
+    moved = _begun_later(_moved(views, _maps(uniform(6))), generator)
     each = (1, 1, 1, 1)
     bright = ((moved + 1) / 2).clamp(0, 1) ** torch.exp(_GAMMA * uniform(*each))
     blurred = F.avg_pool3d(bright, (1, 3, 3), 1, (0, 1, 1), count_include_pad=False)
     mixed = torch.lerp(bright, blurred, uniform(*each).abs())
     noise = torch.randn(views.shape, generator=generator)
     return 2 * mixed - 1 + _NOISE * uniform(*each).abs() * noise
+
+
+def plainly_copied(clips: Tensor, generator: torch.Generator) -> Tensor:
+    """Return what a detector must find: each clip ``[n, 1, frames, rows, columns]``, hardly altered.
+
+    Mirrored or not, turned by up to 10 degrees, begun at another phase of the beat, and noisy.
+    """
+    views = viewed(clips)
+    turn, *mirrors = 2 * torch.rand(3, len(views), generator=generator) - 1
+    maps = _turn(_PLAIN_TURN * turn)
+    maps[:, :, :2] *= torch.stack(mirrors, 1)[:, None].sign()
+    moved = _begun_later(_moved(views, maps), generator)
+    noise = torch.randn(views.shape, generator=generator)
+    return (moved + _NOISE * noise).clamp(-1, 1)
+
+
+def _begun_later(views: Tensor, generator: torch.Generator) -> Tensor:
+    count, _, frames = views.shape[:3]
+    starts = torch.randint(frames, (count,), generator=generator)
+    order = (starts[:, None] + torch.arange(frames)) % frames
+    return views[torch.arange(count)[:, None], :, order].transpose(1, 2)
 
 
 def _maps(draws: Tensor) -> Tensor:

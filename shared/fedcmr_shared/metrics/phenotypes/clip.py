@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -28,8 +29,10 @@ def measure_clip(
     """Return those of LVEDA, LVESA, LVMA (mm²) and LVFAC (%) that can be measured.
 
     End diastole (ED) is the first frame or a neighbour of it, whichever has the larger cavity; end
-    systole the frame with the smallest. The wall is measured at ED. Nothing is returned where ED
-    shows no cavity, and no change where a frame shows none.
+    systole the frame with the smallest. The wall is measured at ED. LVFAC =
+    100 (LVEDA - LVESA) / LVEDA, 0 where no frame has a smaller cavity than ED: a heart that stands
+    still was measured. Nothing is returned where ED shows no cavity, and no change where a frame
+    shows none or the clip has only one.
 
     Args:
         clip: ``[frame, y, x]`` in [-1, 1]; one beat from the R wave.
@@ -45,7 +48,7 @@ def measure_clip(
     if largest < LEAST_AREA_MM2:
         return {}
     result = {"LVEDA": largest, "LVMA": float(wall[diastole])}
-    if LEAST_AREA_MM2 <= smallest < largest:
+    if len(cavity) > 1 and smallest >= LEAST_AREA_MM2:
         result |= {"LVESA": smallest, "LVFAC": 100 * (1 - smallest / largest)}
     return result
 
@@ -64,12 +67,14 @@ def area_curve(
 def _areas(
     clip: NDArray[np.floating], pixel_mm: float, segmenter: Segmenter
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Areas of cavity and wall ``[frame]``, counted on pixels finer than those of the clip."""
+    """Areas of cavity and wall ``[frame]`` in mm², counted on pixels finer than the clip's."""
     if clip.ndim != 3 or 0 in clip.shape or not np.isfinite(clip).all():
         raise DataError(f"clip of shape {clip.shape}: give finite values [frame, y, x]")
     magnitudes = torch.from_numpy((np.asarray(clip, np.float32) + 1) / 2)[:, None]
     size = [round(pixels * pixel_mm / _FINE_MM) for pixels in clip.shape[1:]]
     fine = F.interpolate(magnitudes, size, mode="bilinear", align_corners=False)[:, 0].numpy()
     labels = segment(segmenter, fine, (_SHOWN_MM, _SHOWN_MM))
+    # The fine pixels are a whole number, and so not always of exactly _FINE_MM.
+    pixel_mm2 = math.prod(clip.shape[1:]) * pixel_mm**2 / math.prod(size)
     cavity, wall = ((labels == label).sum(axis=(1, 2)) for label in (CAVITY, MYOCARDIUM))
-    return cavity * _FINE_MM**2, wall * _FINE_MM**2
+    return cavity * pixel_mm2, wall * pixel_mm2

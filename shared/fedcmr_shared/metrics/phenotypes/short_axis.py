@@ -163,7 +163,8 @@ def single_slice(heart: ShortAxis) -> dict[str, float]:
     """What the middle slice alone tells, for images of one slice; keys of SINGLE_SLICE_UNITS.
 
     The middle one is that of the slices with muscle. LVFAC = 100 (LVEDA − LVESA) / LVEDA, with ES
-    where the cavity of this slice is smallest.
+    where the cavity of this slice is smallest. It is 0 where all frames have the same; where others
+    have larger ones than frame 0 and none a smaller one, frame 0 is no ED and there is no change.
     """
     middle = heart.middle
     if middle is None:
@@ -171,12 +172,14 @@ def single_slice(heart: ShortAxis) -> dict[str, float]:
     cavity, wall = heart.pixels(CAVITY)[:, middle], heart.pixels(MYOCARDIUM)[0, middle]
     diastole, systole = int(cavity[0]), int(cavity.min())
     result = {}
-    moves = FEWEST_PIXELS <= systole < diastole
-    if moves:
+    still = systole == diastole == int(cavity.max())
+    seen = len(cavity) > 1 and systole >= FEWEST_PIXELS
+    changes = seen and (still or systole < diastole)
+    if changes:
         result["LVFAC"] = 100 * (1 - systole / diastole)
     if heart.spacing is not None:
         pixel = heart.spacing.pixel_mm2
         result |= {"LVEDA": diastole * pixel, "LVMA": int(wall) * pixel}
-        if moves:
+        if changes:
             result["LVESA"] = systole * pixel
     return result
