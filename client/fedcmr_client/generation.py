@@ -25,7 +25,8 @@ PLANS: Final[Mapping[str, SamplingPlan]] = {
     "tiny": SamplingPlan(
         steps=18, diffusion_steps=50, guidance=1.0, temperature=0.5, order="raster"
     ),
-    # With this method 20 steps do as well as 100: benchmarks/results/cpgg_sampling.json.
+    # On a tiny network 20 steps of this method do as well as 100:
+    # benchmarks/results/cpgg_sampling.json.
     "small": SamplingPlan(diffusion_steps=20, method="dpm"),
     "paper": PUBLISHED,
 }
@@ -37,7 +38,10 @@ _SEEDS: Final = 2**32  # torch's generator for CPUs keeps no more of a seed
 
 @dataclass(frozen=True, eq=False)
 class ClipModel:
-    """A network that draws clips; ``release`` says who released it, None if nobody did."""
+    """A network that draws clips; ``release`` says who released it, None if nobody did.
+
+    ``release["trusted"]`` is whether the user named the key that signed it: else anybody may have.
+    """
 
     network: CPGG
     size: str
@@ -48,6 +52,15 @@ class ClipModel:
     def names(self) -> tuple[str, ...]:
         """The phenotypes that the network is conditioned on."""
         return self.network.config.standardisation.names
+
+
+@dataclass(frozen=True, eq=False)
+class HeartModel:
+    """A model that draws phenotypes, with its registered name and the hash of its weights."""
+
+    distribution: PhenotypeModel
+    name: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -79,12 +92,12 @@ def load_clip_model(path: Path, trusted_key: str | None = None, device: str = "c
     if not isinstance(bundle.model, CPGG):
         raise ModelError(f"{path}: model {bundle.spec.name} draws no clips: use a cpgg model")
     network = on_device(bundle.model, device)
-    described = _described(release) if release else None
+    described = _described(release, trusted_key is not None) if release else None
     return ClipModel(network, bundle.spec.size, bundle.sha256, described)
 
 
-def load_phenotype_model(path: Path) -> tuple[PhenotypeModel, str]:
-    """Load a model of phenotypes from a bundle or release; return it with the hash of its weights.
+def load_phenotype_model(path: Path) -> HeartModel:
+    """Load a model of phenotypes from a bundle, or from a release, whoever signed it.
 
     Raises:
         ModelError: the file is neither, or holds another kind of model.
@@ -95,7 +108,7 @@ def load_phenotype_model(path: Path) -> tuple[PhenotypeModel, str]:
             f"{path}: model {bundle.spec.name} draws no phenotypes: use a phenotype-vae or "
             "phenotype-gaussian model"
         )
-    return bundle.model, bundle.sha256
+    return HeartModel(bundle.model, bundle.spec.name, bundle.sha256)
 
 
 def clip_seeds(seed: int, count: int) -> list[int]:
@@ -117,7 +130,7 @@ def draw_clips(
     the same machine. ``network`` is in evaluation mode, on any device.
 
     Raises:
-        ModelError: the network gives values that are not finite.
+        ModelError: the network gives values that are not finite, or its device is out of memory.
     """
     names = network.config.standardisation.names
     device = next(network.parameters()).device
@@ -126,9 +139,18 @@ def draw_clips(
         rows = [[one.completed.get(name, np.nan) for name in names] for one in part]
         generators = [torch.Generator().manual_seed(one.seed) for one in part]
         phenotypes = torch.tensor(rows, dtype=torch.float64)
-        drawn = network.sample(phenotypes.to(device), generators, plan).float().cpu().numpy()
+        try:
+            drawn = network.sample(phenotypes.to(device), generators, plan).float().cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"device {device} is out of memory for {len(part)} clips at once: use --device cpu, "
+                "a GPU with more memory that is free, or a smaller model"
+            ) from error
         if not np.isfinite(drawn).all():
-            raise ModelError("the model gives clips that are not finite: it cannot be used")
+            raise ModelError(
+                f"the model gives clips that are not finite with guidance {plan.guidance:g}: use "
+                "another guidance or model"
+            )
         for request, frames in zip(part, drawn[:, 0], strict=True):
             yield SyntheticClip(request, frames)
 
@@ -139,12 +161,13 @@ def _release(path: Path, trusted_key: str | None) -> ReleaseBundle:
     return ReleaseBundle.verify(path, trusted_key)
 
 
-def _described(release: ReleaseBundle) -> dict[str, Any]:
+def _described(release: ReleaseBundle, trusted: bool) -> dict[str, Any]:
     card = release.card
     return {
         "card_sha256": release.signature.members[CARD],
         "release_sha256": release.sha256,
         "signed_by": release.signature.key,
+        "trusted": trusted,
         "federation": card.federation,
         "job": card.job.name,
         "gates": {found.gate: found.text for found in card.gates},

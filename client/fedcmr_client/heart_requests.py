@@ -9,9 +9,12 @@ given is used as it is. Everything else stays missing, which a generator takes f
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
@@ -49,7 +52,9 @@ def known_name(name: str, names: Sequence[str] = NAMES) -> str:
     lower = name.strip().lower()
     if lower in by_lower:
         return by_lower[lower]
-    near = get_close_matches(lower, by_lower) or [n for n in by_lower if lower in n][:_HINTS]
+    near = get_close_matches(lower, by_lower)
+    if lower and not near:
+        near = [known for known in by_lower if lower in known][:_HINTS]
     hint = f"did you mean {', '.join(by_lower[n] for n in near)}?" if near else f"try {names[0]}"
     raise ConfigurationError(f"phenotype {name!r} is unknown to the model: {hint}")
 
@@ -73,26 +78,34 @@ def parse_settings(settings: Iterable[str], names: Sequence[str] = NAMES) -> Hea
     return heart
 
 
-def read_requests(path: Path, names: Sequence[str] = NAMES) -> list[tuple[Heart, Heart]]:
-    """Read a table with a header of names and a heart in each row; an empty cell is missing.
+@dataclass(frozen=True)
+class RequestTable:
+    """For each row of a table what is given, and the same completed; ``sha256`` is the file's."""
 
-    Returns:
-        for each row what is given, and the same completed.
+    hearts: list[tuple[Heart, Heart]]
+    sha256: str
+
+
+def read_requests(path: Path, names: Sequence[str] = NAMES) -> RequestTable:
+    """Read a table with a header of names and a heart in each row; an empty cell is missing.
 
     Raises:
         DataError: file, line and column of what is wrong.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(_rows(path, csv.reader(file, strict=True)))
+        content = path.read_bytes()  # once, since a pipe gives its bytes only once
+        text = io.StringIO(content.decode("utf-8-sig"), newline="")
+        rows = list(_rows(csv.reader(text, strict=True)))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a table of comma-separated values: {error}") from error
     if len(rows) < 2:
         raise DataError(f"{path}: give a line of phenotype names and one line for each clip")
+    _check_commas(path, rows[0])
     header = _header(path, rows[0], names)
-    return [_request(f"{path}, line {line}", header, cells) for line, cells in rows[1:]]
+    hearts = [_request(f"{path}, line {line}", header, cells) for line, cells in rows[1:]]
+    return RequestTable(hearts, hashlib.sha256(content).hexdigest())
 
 
 def complete(given: Mapping[str, float], names: Sequence[str] = NAMES) -> Heart:
@@ -117,12 +130,21 @@ def complete(given: Mapping[str, float], names: Sequence[str] = NAMES) -> Heart:
     return {name: heart[name] for name in names if name in heart}
 
 
-def _rows(path: Path, reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
+def _rows(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]:
     """Yield rows that are not blank with the numbers of their last lines."""
     for row in reader:
         line: int = reader.line_num  # type: ignore[attr-defined]  # of a csv reader
         if row:
             yield line, [cell.strip() for cell in row]
+
+
+def _check_commas(path: Path, first: tuple[int, list[str]]) -> None:
+    # Spreadsheets write semicolons, and decimal commas with them, where a country does so.
+    line, cells = first
+    if ";" in "".join(cells):
+        raise DataError(
+            f"{path}, line {line}: semicolons divide the columns: use commas, and decimal points"
+        )
 
 
 def _header(path: Path, first: tuple[int, list[str]], names: Sequence[str]) -> list[str]:

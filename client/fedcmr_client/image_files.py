@@ -38,6 +38,9 @@ _EVERY_MR_IMAGE: Final[dict[str, Any]] = {
     "PatientIdentityRemoved": "YES",
     "StudyDate": "",
     "StudyTime": "",
+    # Required, if empty, because the frames of a heart cycle are related in time (PS3.3 C.7.6.1).
+    "ContentDate": "",
+    "ContentTime": "",
     "StudyID": "",
     "AccessionNumber": "",
     "ReferringPhysicianName": "",
@@ -61,22 +64,58 @@ _EVERY_MR_IMAGE: Final[dict[str, Any]] = {
 
 
 def check_free(folder: Path) -> None:
-    """Raise ConfigurationError unless ``folder`` is absent or an empty folder."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists() or folder.is_symlink():
-        raise ConfigurationError(f"output {folder} is not an empty folder: choose another")
+    """Check that `appears_whole` can make ``folder``, before any work.
+
+    Raises:
+        ConfigurationError: it is there and not an empty folder, or is one that cannot be replaced.
+        DataError: it cannot be read, or where it is to be nothing can be written.
+    """
+    try:
+        empty = folder.is_dir() and not any(folder.iterdir())
+        if not empty and (folder.exists() or folder.is_symlink()):
+            raise ConfigurationError(f"output {folder} is not an empty folder: choose another")
+        if folder.resolve().is_mount():
+            raise ConfigurationError(
+                f"output {folder} is a mount point, which no other folder can replace: name a new "
+                "folder in it"
+            )
+    except OSError as error:
+        raise DataError(f"output {folder} cannot be read: {error.strerror}") from error
+    _check_writable(folder.resolve())
+
+
+def _check_writable(folder: Path) -> None:
+    """Make and remove a folder where ``folder``, or the first of its parents to be made, will be.
+
+    Only trying tells: file systems refuse for reasons that permissions do not show.
+    """
+    parent = next(place for place in folder.parents if place.exists())
+    trial = parent / _partial(folder).name
+    try:
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise DataError(
+            f"output {folder}: nothing can be written to {parent}: {error.strerror}: choose another"
+        ) from error
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
 
 
 @contextmanager
 def appears_whole(folder: Path) -> Iterator[Path]:
     """Give a new folder to write to, which takes the place of ``folder`` if all goes well.
 
+    A process that is killed leaves it behind, hidden and with a name that ends in .partial.
+
     Raises:
         DataError: the disk refuses.
     """
-    folder = folder.absolute()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.partial")
+    # A link stays, and what it leads to is replaced: a folder cannot take the place of a link.
+    folder = folder.resolve()
+    partial = _partial(folder)
     try:
         partial.mkdir(parents=True)
         yield partial
@@ -102,6 +141,9 @@ def save_nifti(
 ) -> None:
     """Write a NIfTI-1 file with ``provenance`` as JSON in a header extension.
 
+    The images lie where the DICOM files of `mr_image` have them. NIfTI's x and y grow to the right
+    and to the front, those of DICOM to the left and to the back, hence the signs.
+
     Args:
         path: name that ends in .nii or .nii.gz.
         images: ``[frame, slice, y, x]``; the file holds [x, y, slice, frame].
@@ -111,7 +153,8 @@ def save_nifti(
         provenance: how the images were made.
     """
     data = np.ascontiguousarray(images.transpose(3, 2, 1, 0))
-    affine = np.diag([*voxel_mm, 1.0])
+    x, y, z = voxel_mm
+    affine = np.diag([-x, -y, z, 1.0])
     image: Any = nibabel.Nifti1Image(data, affine)  # type: ignore[no-untyped-call]  # half typed
     header = image.header
     header.set_xyzt_units("mm", "sec" if frame_s else "unknown")

@@ -15,6 +15,7 @@ a duration, and lies nowhere in a patient.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -200,8 +201,9 @@ def _write_nifti(stem: Path, clip: SyntheticClip, run: GenerationRun) -> None:
 
 def _write_dicom(stem: Path, clip: SyntheticClip, run: GenerationRun) -> None:
     stem.mkdir()
+    source = _source(clip, run)
     for frame, image in enumerate(clip.frames):
-        dataset = _instance(clip.request, run, frame, stem.name)
+        dataset = _instance(clip.request, run, source, frame, stem.name)
         _GREY.store(dataset, image)
         dataset.save_as(stem / f"IM{frame + 1:05d}.dcm", enforce_file_format=True)
 
@@ -241,14 +243,16 @@ def _asked(request: ClipRequest) -> dict[str, Any]:
     }
 
 
-def _instance(request: ClipRequest, run: GenerationRun, frame: int, name: str) -> Dataset:
-    study = _uid("study", request, run)
+def _instance(
+    request: ClipRequest, run: GenerationRun, source: list[object], frame: int, name: str
+) -> Dataset:
+    study = uid("synthetic", "study", *source)
     pixel = decimal(run.grid.pixel_mm)
     attributes = {
         **_identity(request, run, name, study),
         "StudyInstanceUID": study,
-        "SeriesInstanceUID": _uid("series", request, run),
-        "FrameOfReferenceUID": _uid("frame of reference", request, run),
+        "SeriesInstanceUID": uid("synthetic", "series", *source),
+        "FrameOfReferenceUID": uid("synthetic", "frame of reference", *source),
         "InstanceNumber": frame + 1,
         "TemporalPositionIdentifier": frame + 1,
         "NumberOfTemporalPositions": run.grid.frames,
@@ -258,7 +262,7 @@ def _instance(request: ClipRequest, run: GenerationRun, frame: int, name: str) -
         "SliceThickness": None,
         "ImagePositionPatient": [0, 0, 0],
     }
-    return mr_image(_uid("instance", request, run, frame + 1), attributes)
+    return mr_image(uid("synthetic", "instance", *source, frame + 1), attributes)
 
 
 def _identity(request: ClipRequest, run: GenerationRun, name: str, study: UID) -> dict[str, Any]:
@@ -282,15 +286,22 @@ def _identity(request: ClipRequest, run: GenerationRun, name: str, study: UID) -
     }
 
 
-def _uid(kind: str, request: ClipRequest, run: GenerationRun, *parts: int) -> UID:
-    """The same for the same clip, drawn in the same way from the same model."""
+def _source(clip: SyntheticClip, run: GenerationRun) -> list[object]:
+    """What identifies a clip: model, plan, request and seed, and the frames themselves.
+
+    Devices round differently, so that the same request gives other pixels on another one.
+    """
+    request = clip.request
     plan = list(asdict(run.plan).values())
     asked = sorted(request.completed.items())
-    return uid("synthetic", kind, run.model.sha256, plan, asked, request.seed, *parts)
+    drawn = hashlib.sha256(clip.frames.astype("<f4").tobytes()).hexdigest()
+    return [run.model.sha256, plan, asked, request.seed, drawn]
 
 
 def _worded(name: str, value: float) -> str:
-    return f"{name} {value:.3g} {phenotype(name).unit}"
+    # Areas reach thousands of mm2, which three significant digits would give as a power of ten.
+    digits = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{name} {digits} {phenotype(name).unit}"
 
 
 def _tile(frame: NDArray[np.floating], text: Sequence[str], lines: int) -> Image.Image:

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pydicom
 import pytest
 import torch
 from generator_parts import MICRO, NAMES, discs, micro
-from mr_image_attributes import REQUIRED
+from mr_image_attributes import REQUIRED, nifti_affine, read_strictly
 from PIL import Image, ImageSequence
 from release_parts import make_card, write_model
 
@@ -26,7 +27,7 @@ from fedcmr_client import synthetic_export
 from fedcmr_client.commands.generate import generate
 from fedcmr_client.generation import ClipModel, ClipRequest, SyntheticClip
 from fedcmr_client.heart_requests import complete
-from fedcmr_client.image_files import NOTICE
+from fedcmr_client.image_files import NOTICE, check_free
 from fedcmr_client.synthetic_export import (
     LABEL,
     Format,
@@ -73,14 +74,9 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def datasets(out: Path, monkeypatch: pytest.MonkeyPatch) -> list[pydicom.Dataset]:
-    """Frames of the first clip, read with every value checked against its representation."""
-    monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.RAISE)
-    read: list[pydicom.Dataset] = [
-        pydicom.dcmread(path) for path in sorted((out / "clip-0001").iterdir())
-    ]
-    assert all(len(list(dataset.iterall())) > 40 for dataset in read)
-    return read
+def datasets(out: Path) -> list[pydicom.Dataset]:
+    """Frames of the first clip."""
+    return read_strictly(sorted((out / "clip-0001").iterdir()))
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -148,7 +144,8 @@ class TestNifti:
         assert image.get_data_dtype() == np.float32
         written = image.get_fdata()[:, :, 0].transpose(2, 1, 0)
         np.testing.assert_array_equal(written, clips()[1].frames)
-        np.testing.assert_allclose(image.affine, np.diag([PIXEL, PIXEL, 1, 1]))
+        np.testing.assert_allclose(image.affine, np.diag([-PIXEL, -PIXEL, 1, 1]))
+        assert image.header.get_zooms()[:3] == (PIXEL, PIXEL, 1)
         assert image.header.get_xyzt_units() == ("mm", "unknown")
 
     def test_header_holds_what_the_clip_was_asked_for(self, out: Path) -> None:
@@ -193,6 +190,10 @@ class TestDicom:
             assert dataset.InstanceNumber == dataset.TemporalPositionIdentifier == number
             assert dataset.NumberOfTemporalPositions == FRAMES
 
+    def test_nifti_lies_in_the_same_place(self, out: Path, datasets: list[pydicom.Dataset]) -> None:
+        image: Any = nibabel.load(out / "clip-0001.nii.gz")
+        np.testing.assert_allclose(image.affine, nifti_affine(datasets[0], 1.0))
+
     def test_identifiers(self, out: Path, tmp_path: Path) -> None:
         def read(folder: Path) -> list[pydicom.Dataset]:
             return [pydicom.dcmread(path) for path in sorted(folder.glob("clip-0001/*.dcm"))]
@@ -209,6 +210,24 @@ class TestDicom:
             (identifier,) = {dataset[name].value for dataset in first}
             assert identifier.is_valid
         assert len({dataset.StudyInstanceUID for dataset in (first[0], elsewhere[0])}) == 2
+
+    def test_clips_that_differ_by_rounding_have_other_identifiers(
+        self, datasets: list[pydicom.Dataset], tmp_path: Path
+    ) -> None:
+        (first,) = clips(1)
+        frames = first.frames.copy()
+        frames[0, 0, 0] = np.nextafter(frames[0, 0, 0], np.float32(0))
+        export_clips(tmp_path / "out", run_of(), [replace(first, frames=frames)], ("dicom",))
+        others = read_strictly(sorted((tmp_path / "out" / "clip-0001").iterdir()))
+        for name in (
+            "SOPInstanceUID",
+            "StudyInstanceUID",
+            "SeriesInstanceUID",
+            "FrameOfReferenceUID",
+            "PatientID",
+        ):
+            one, other = ({dataset[name].value for dataset in both} for both in (datasets, others))
+            assert not one & other, name
 
     def test_82_phenotypes_fit(self, tmp_path: Path) -> None:
         given = dict.fromkeys(CONFIGS["tiny"].standardisation.names, 1 / 3)
@@ -265,6 +284,14 @@ class TestGif:
         ]
         assert caption(ClipRequest({}, {}, 1)) == []
 
+    def test_captions_have_no_powers_of_ten(self) -> None:
+        given = {"AAo max area": 1254.0, "LVEDV": 99.96, "LVCO": 5.25}
+        assert caption(ClipRequest(given, given, 1)) == [
+            "AAo max area 1254 mm2",
+            "LVEDV 100 mL",
+            "LVCO 5.25 L/min",
+        ]
+
 
 class TestOutputFolder:
     def test_refuses_folder_with_content(self, tmp_path: Path) -> None:
@@ -292,6 +319,54 @@ class TestOutputFolder:
             export_clips(tmp_path / "out", run_of(), clips(), ALL)
         assert os.listdir(tmp_path) == []
 
+    def test_a_link_to_an_empty_folder_leads_to_the_clips(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "link").symlink_to("empty")
+        files = export_clips(tmp_path / "link", run_of(), clips(1), ("gif",))
+        assert all(path.is_file() for path in files)
+        assert sorted(os.listdir(tmp_path)) == ["empty", "link"]
+        assert (tmp_path / "empty" / "clip-0001.gif").is_file()
+
+    def test_a_link_that_leads_nowhere_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "link").symlink_to("nowhere")
+        with pytest.raises(ConfigurationError, match="link is not an empty folder"):
+            check_free(tmp_path / "link")
+
+    def test_mount_points_are_refused_before_any_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+        with pytest.raises(ConfigurationError, match=r"is a mount point, .*: name a new folder"):
+            check_free(tmp_path)
+        check_free(tmp_path / "out")
+
+    def test_folders_that_cannot_be_read_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(_path: Path) -> Iterator[Path]:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "iterdir", refuse)
+        with pytest.raises(DataError, match="cannot be read: Permission denied"):
+            check_free(tmp_path)
+
+    @pytest.mark.parametrize("name", ["out", "new/deeper/out"])
+    def test_where_nothing_can_be_written_is_refused_before_any_work(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        check_free(tmp_path / name)
+        assert os.listdir(tmp_path) == []
+
+        def refuse(path: Path) -> None:
+            assert path.parent == tmp_path
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(
+            DataError, match=f"to {tmp_path}: Read-only file system: choose another"
+        ):
+            check_free(tmp_path / name)
+
     def test_a_model_that_fails_in_the_middle_leaves_nothing(self, tmp_path: Path) -> None:
         def drawn() -> Iterator[SyntheticClip]:
             yield from clips(1)
@@ -313,6 +388,21 @@ def write_untrained(path: Path, spec: ModelSpec) -> str:
     torch.manual_seed(0)
     save_bundle(path, build_model(spec).state_dict(), spec, {})
     return load_bundle(path).sha256
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A release, and the key that signed it."""
+    folder = tmp_path_factory.mktemp("release")
+    key = SiteKey.create(folder / "identity.pem")
+    digest = write_untrained(folder / "model", ModelSpec(name="cpgg"))
+    evaluation = EvaluationSpec(metrics=("memorisation",), noise_multiplier=None)
+    privacy = PrivacySpec(noise_multiplier=2.0, evaluation=evaluation)
+    job = JobSpec(name="heart", rounds=2, model=ModelSpec(name="cpgg"), privacy=privacy)
+    gates = (GateResult(gate="memorisation", passed=True, text="3 of 3 sites passed"),)
+    card = make_card(key, digest, job, gates=gates, evaluation=())
+    ReleaseBundle.write(folder / "heart.zip", folder / "model", card, key)
+    return folder / "heart.zip", key.public_key
 
 
 def invoke(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
@@ -369,42 +459,52 @@ class TestCommand:
         (row,) = rows_of(out / "index.csv")
         assert len(row) == 3 + 82
 
-    def test_phenotypes_from_a_model(self, bundle: Path, tmp_path: Path, capsys: Any) -> None:
-        digest = write_untrained(tmp_path / "vae", ModelSpec(name="phenotype-vae"))
-        given = ("--phenotypes-from", tmp_path / "vae", "--format", "gif", *FAST)
+    @pytest.mark.parametrize("name", ["phenotype-vae", "phenotype-gaussian"])
+    def test_phenotypes_from_a_model(
+        self, bundle: Path, tmp_path: Path, capsys: Any, name: str
+    ) -> None:
+        digest = write_untrained(tmp_path / "model", ModelSpec(name=name))
+        given = ("--phenotypes-from", tmp_path / "model", "--format", "gif", *FAST)
         printed = invoke(capsys, bundle, "--out", tmp_path / "out", *given)
-        assert printed["phenotypes"] == f"drawn by a phenotype-vae model, SHA-256 {digest}"
+        assert printed["phenotypes"] == f"drawn by a {name} model, SHA-256 {digest}"
 
-    def test_a_release_is_named_with_its_card(self, tmp_path: Path, capsys: Any) -> None:
-        key = SiteKey.create(tmp_path / "identity.pem")
-        digest = write_untrained(tmp_path / "model", ModelSpec(name="cpgg"))
-        evaluation = EvaluationSpec(
-            rounds="last", metrics=("memorisation",), noise_multiplier=None, histogram_bins=0
-        )
-        privacy = PrivacySpec(noise_multiplier=2.0, evaluation=evaluation)
-        job = JobSpec(name="heart", rounds=2, model=ModelSpec(name="cpgg"), privacy=privacy)
-        gates = (GateResult(gate="memorisation", passed=True, text="3 of 3 sites passed"),)
-        card = make_card(key, digest, job, gates=gates, evaluation=())
-        ReleaseBundle.write(tmp_path / "heart.zip", tmp_path / "model", card, key)
-        release = ReleaseBundle.read(tmp_path / "heart.zip")
-        given = ("--trust", key.public_key, "--format", "dicom", *FAST)
-        printed = invoke(capsys, tmp_path / "heart.zip", "--out", tmp_path / "out", *given)
+    def test_a_release_is_named_with_its_card(
+        self, released: tuple[Path, str], tmp_path: Path, capsys: Any
+    ) -> None:
+        path, key = released
+        release = ReleaseBundle.read(path)
+        given = ("--trust", key, "--format", "dicom", *FAST)
+        printed = invoke(capsys, path, "--out", tmp_path / "out", *given)
         assert printed["release_card_sha256"] == release.signature.members[CARD]
         assert printed["release"]["gates"] == {"memorisation": "3 of 3 sites passed"}
+        assert printed["release"]["signed_by"] == key
         dataset = pydicom.dcmread(tmp_path / "out" / "clip-0001" / "IM00001.dcm")
         assert release.signature.members[CARD] in dataset.DerivationDescription
         with pytest.raises(ModelError, match="another coordinator, or forged"):
-            invoke(capsys, tmp_path / "heart.zip", "--out", tmp_path / "no", "--trust", "ab" * 32)
+            invoke(capsys, path, "--out", tmp_path / "no", "--trust", "ab" * 32)
 
-    def test_says_that_a_bundle_is_not_released(
-        self, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    def test_says_whether_the_users_coordinator_released_the_model(
+        self, bundle: Path, released: tuple[Path, str], tmp_path: Path, capsys: Any
     ) -> None:
-        arguments = (bundle, "--out", tmp_path / "out", "--format", "gif", *FAST)
-        generate.main([*map(str, arguments)], "generate", standalone_mode=False)
-        printed = capsys.readouterr().out
-        assert LABEL in printed
-        assert NOTICE in printed
-        assert "nobody released this model" in printed
+        path, key = released
+        notes = []
+        for name, given in (
+            ("bundle", (bundle,)),
+            ("anybody", (path,)),
+            ("trusted", (path, "--trust", key)),
+        ):
+            arguments = (*given, "--out", tmp_path / name, "--format", "gif", *FAST)
+            generate.main([*map(str, arguments)], "generate", standalone_mode=False)
+            printed = capsys.readouterr().out
+            assert LABEL in printed
+            assert NOTICE in printed
+            notes.append(printed.partition("note: ")[2])
+        assert notes[0].startswith("nobody released this model")
+        assert notes[1].startswith(f"key {key} signed the release: give it by --trust")
+        assert notes[2] == ""
+        for name, trusted in (("anybody", False), ("trusted", True)):
+            found = json.loads((tmp_path / name / "provenance.json").read_text())
+            assert found["release"]["trusted"] is trusted
 
     @pytest.mark.parametrize(
         ("arguments", "reason"),
@@ -412,6 +512,8 @@ class TestCommand:
             (("--phenotype", "LVFE=35"), "did you mean LVEF"),
             (("--phenotype", "LVEF=99"), "plausible range 11 to 82 %"),
             (("--steps", 0), "steps 0 must be at least 1"),
+            (("--guidance", "nan"), "guidance nan must be finite"),
+            (("--device", "meta"), "device 'meta' cannot be used"),
             (("--steps", 500), "500 decoding steps for 18 tokens"),
             (("--device", "abacus"), "device 'abacus' cannot be used"),
             (("--trust", "ab" * 32), "only releases are signed"),
@@ -444,6 +546,7 @@ class TestCommand:
             ("--csv", "hearts.csv", "--count", 3),
             ("--format", "png"),
             ("--count", 0),
+            ("--guidance", -1),
         ],
     )
     def test_wrong_usage(self, bundle: Path, capsys: Any, arguments: tuple[Any, ...]) -> None:

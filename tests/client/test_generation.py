@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import threading
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +16,7 @@ from generator_parts import MICRO, NAMES, micro, moved
 from release_parts import write_model
 
 from fedcmr_client.generation import (
+    PLANS,
     ClipRequest,
     clip_seeds,
     draw_clips,
@@ -32,8 +36,8 @@ from fedcmr_shared.metrics.phenotypes.table import (
 )
 from fedcmr_shared.metrics.phenotypes.table import NAMES as ALL_NAMES
 from fedcmr_shared.models import phenotype_vae
-from fedcmr_shared.models.bundle import save_bundle
-from fedcmr_shared.models.cpgg import CPGG
+from fedcmr_shared.models.bundle import load_bundle, save_bundle
+from fedcmr_shared.models.cpgg import CONFIGS, CPGG
 from fedcmr_shared.models.masked_generator import SamplingPlan
 from fedcmr_shared.models.registry import build_model
 from fedcmr_shared.schemas.job import ModelSpec
@@ -157,7 +161,7 @@ class TestTable:
     def test_one_heart_in_each_row(self, tmp_path: Path) -> None:
         path = tmp_path / "hearts.csv"
         path.write_text("\ufefflvedv, LVESV ,LVM\n120,60,\n\n,,90\n,,\n", encoding="utf-8")
-        first, second, third = read_requests(path)
+        first, second, third = read_requests(path).hearts
         assert first[0] == {"LVEDV": 120, "LVESV": 60}
         assert first[1] == complete(first[0])
         assert second == ({"LVM": 90}, {"LVM": 90})
@@ -176,6 +180,8 @@ class TestTable:
             ("LVEDV\n", "give a line of phenotype names and one line for each clip"),
             ("", "give a line of phenotype names"),
             ('LVEDV\n"1"0\n', "is not a table of comma-separated values"),
+            ("LVEDV;LVM\n100,5;80\n", "line 1: semicolons divide the columns: use commas"),
+            ("LVEDV,\n100,\n", "line 1, column 2: phenotype '' is unknown to the model: try LVEDV"),
         ],
     )
     def test_what_is_wrong_is_said_with_its_place(
@@ -185,6 +191,16 @@ class TestTable:
         path.write_text(text)
         with pytest.raises(DataError, match=rf"hearts\.csv.*{reason}"):
             read_requests(path)
+
+    def test_the_hash_is_that_of_what_was_read(self, tmp_path: Path) -> None:
+        pipe, content = tmp_path / "pipe", b"LVEDV\r\n120\r\n"
+        os.mkfifo(pipe)
+        writer = threading.Thread(target=pipe.write_bytes, args=(content,))
+        writer.start()
+        table = read_requests(pipe)
+        writer.join()
+        assert table.hearts[0][0] == {"LVEDV": 120}
+        assert table.sha256 == hashlib.sha256(content).hexdigest()
 
     def test_files_that_are_no_text_are_refused(self, tmp_path: Path) -> None:
         (tmp_path / "hearts.csv").write_bytes(b"\xff\xfe\x00")
@@ -303,13 +319,32 @@ class TestDrawing:
         with torch.no_grad():
             for parameter in broken.autoencoder.parameters():
                 parameter.fill_(torch.nan)
-        with pytest.raises(ModelError, match="clips that are not finite"):
+        with pytest.raises(ModelError, match="not finite with guidance 3: use another"):
             list(draw_clips(broken, self.requests, PLAN))
+
+    def test_a_device_that_is_out_of_memory_is_told(
+        self, network: CPGG, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def exhausted(*_arguments: object) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        monkeypatch.setattr(network, "sample", exhausted)
+        with pytest.raises(ModelError, match=r"out of memory for 3 clips .*: use --device cpu"):
+            list(draw_clips(network, self.requests, PLAN))
 
     def test_clips_of_different_runs_have_different_seeds(self) -> None:
         seeds = [seed for run in range(20) for seed in clip_seeds(run, 50)]
         assert len(set(seeds)) == len(seeds)
         assert clip_seeds(3, 5) == clip_seeds(3, 9)[:5]
+
+
+class TestPlans:
+    @pytest.mark.parametrize("size", CONFIGS)
+    def test_every_size_has_a_plan_that_it_can_follow(self, size: str) -> None:
+        plan, generator = PLANS[size], CONFIGS[size].generator
+        assert plan.steps <= generator.tokens
+        assert plan.diffusion_steps <= generator.diffusion.steps
+        assert PLANS.keys() == CONFIGS.keys()
 
 
 class TestModels:
@@ -328,8 +363,9 @@ class TestModels:
         spec = ModelSpec(name="phenotype-vae")
         path = tmp_path / "model.safetensors"
         save_bundle(path, build_model(spec).state_dict(), spec, {})
-        model, digest = load_phenotype_model(path)
-        assert model.config.standardisation.names == ALL_NAMES
-        assert len(digest) == 64
+        loaded = load_phenotype_model(path)
+        assert loaded.distribution.config.standardisation.names == ALL_NAMES
+        assert loaded.name == "phenotype-vae"
+        assert loaded.sha256 == load_bundle(path).sha256
         with pytest.raises(ModelError, match="phenotype-vae draws no clips"):
             load_clip_model(path)

@@ -13,7 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from mr_image_attributes import REQUIRED
+from mr_image_attributes import REQUIRED, nifti_affine, read_strictly
 from release_parts import make_card, write_model
 from safetensors.torch import save_file
 
@@ -264,14 +264,14 @@ class TestNifti:
 
     def test_known_spacing(self, tmp_path: Path) -> None:
         image = self.read(tmp_path / "out", **KNOWN)
-        np.testing.assert_allclose(image.affine, np.diag([2.25, 1.5, 10, 1]))
+        np.testing.assert_allclose(image.affine, np.diag([-2.25, -1.5, 10, 1]))
         np.testing.assert_allclose(image.header.get_zooms(), (2.25, 1.5, 10, 0.04), rtol=1e-6)
         assert image.header.get_xyzt_units() == ("mm", "sec")
         assert image.header["descrip"].item().startswith(b"RESEARCH USE ONLY; voxel size from")
 
     def test_unknown_spacing_is_one_millimetre_and_said(self, tmp_path: Path) -> None:
         image = self.read(tmp_path / "out")
-        np.testing.assert_allclose(image.affine, np.eye(4))
+        np.testing.assert_allclose(image.affine, np.diag([-1, -1, 1, 1]))
         assert b"y, x, z spacing unknown, set to 1 mm" in image.header["descrip"].item()
         assert image.header.get_xyzt_units() == ("mm", "unknown")
 
@@ -298,19 +298,10 @@ class TestNifti:
 
 class TestDicom:
     @pytest.fixture
-    def datasets(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> dict[tuple[int, int], pydicom.Dataset]:
-        """Files by (slice, frame), read with every value checked against its representation."""
-        monkeypatch.setattr(
-            pydicom.config.settings, "reading_validation_mode", pydicom.config.RAISE
-        )
+    def datasets(self, tmp_path: Path) -> dict[tuple[int, int], pydicom.Dataset]:
+        """Files by (slice, frame)."""
         export_images(tmp_path / "out", series(some_images(), **KNOWN))
-        files = sorted((tmp_path / "out" / "dicom").iterdir())
-        read = [pydicom.dcmread(path) for path in files]
-        for dataset in read:
-            # pydicom converts and checks a value only when it is asked for.
-            assert len(list(dataset.iterall())) > 40
+        read = read_strictly(sorted((tmp_path / "out" / "dicom").iterdir()))
         return {divmod(number, FRAMES): dataset for number, dataset in enumerate(read)}
 
     def test_pixels(self, datasets: dict[tuple[int, int], pydicom.Dataset]) -> None:
@@ -365,6 +356,17 @@ class TestDicom:
         assert dataset.InstanceNumber == FRAMES + 2 + 1
         assert dataset.HeartRate == 61
         assert "not of the patient" in dataset.ImageComments
+
+    def test_nifti_lies_in_the_same_place(
+        self, tmp_path: Path, datasets: dict[tuple[int, int], pydicom.Dataset]
+    ) -> None:
+        first, second = datasets[0, 0], datasets[1, 0]
+        image: Any = nibabel.load(tmp_path / "out" / "reconstruction.nii.gz")
+        np.testing.assert_allclose(
+            image.affine, nifti_affine(first, float(first.SpacingBetweenSlices))
+        )
+        above = np.array(second.ImagePositionPatient) - np.array(first.ImagePositionPatient)
+        np.testing.assert_allclose(image.affine[:3, 2], above)
 
     def test_all_attributes_that_mr_images_require(
         self, datasets: dict[tuple[int, int], pydicom.Dataset]
@@ -512,6 +514,15 @@ class TestCommand:
         code, _, err = run(capsys, "no.h5", "--model", "no", "--out", tmp_path)
         assert code == 1
         assert "not an empty folder" in err
+
+    def test_a_place_that_cannot_be_written_is_found_before_any_work(
+        self, tmp_path: Path, capsys: Any
+    ) -> None:
+        (tmp_path / "file").write_text("mine")
+        out = tmp_path / "file" / "out"
+        code, _, err = run(capsys, "no.h5", "--model", "no", "--out", out)
+        assert code == 1
+        assert err.startswith(f"error: output {out}: nothing can be written to {tmp_path}/file: ")
 
     def test_clip_bundle_needs_the_folder_with_its_encoder(
         self, scan_path: Path, tmp_path: Path, capsys: Any

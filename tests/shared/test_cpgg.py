@@ -161,7 +161,9 @@ def test_learns_to_draw_the_heart_that_the_phenotypes_ask_for() -> None:
         250,
         lambda some: model.loss(clips[some], phenotypes[some], generator),
     )
-    plan = SamplingPlan(steps=4, diffusion_steps=20, guidance=1.0)
-    drawn = model.eval().sample(phenotypes[:24], seeded(*range(24)), plan)
-    sizes = torch.stack([radius(clips[:24]), radius(drawn)])
-    assert float(torch.corrcoef(sizes)[0, 1]) > 0.5
+    # All hearts, and guided: the order of sums, which differs with the number of threads, moves the
+    # correlation of a few unguided draws by 0.25.
+    plan = SamplingPlan(steps=4, diffusion_steps=20, guidance=3.0)
+    drawn = model.eval().sample(phenotypes, seeded(*range(48)), plan)
+    sizes = torch.stack([radius(clips), radius(drawn)])
+    assert float(torch.corrcoef(sizes)[0, 1]) > 0.6

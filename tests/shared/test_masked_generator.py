@@ -104,7 +104,11 @@ def test_impossible_configurations_are_refused(change: dict, message: str) -> No
         ({"steps": 0}, "steps 0 must be at least 1"),
         ({"method": "euler"}, "method 'euler' is unknown: use ancestral, ddim, dpm"),
         ({"order": "spiral"}, "order 'spiral' is unknown: use random, raster"),
-        ({"guidance": math.nan}, "guidance must be finite"),
+        ({"guidance": math.nan}, "guidance nan must be finite and not negative"),
+        ({"guidance": math.inf}, "guidance inf must be finite"),
+        ({"guidance": -0.5}, "guidance -0.5 must be finite and not negative"),
+        ({"temperature": -1.0}, "temperature -1 must be finite and not negative"),
+        ({"temperature": math.inf}, "temperature inf must be finite"),
     ],
 )
 def test_impossible_plans_are_refused(change: dict, message: str) -> None:

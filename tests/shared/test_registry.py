@@ -10,9 +10,11 @@ from fedcmr_shared.models.cardiomm import CardioMM
 from fedcmr_shared.models.registry import (
     available_models,
     build_model,
+    model_entry,
     parameter_counts,
 )
-from fedcmr_shared.schemas.job import ModelSpec
+from fedcmr_shared.schemas.job import JobSpec, ModelSpec
+from fedcmr_shared.schemas.privacy import EvaluationSpec, PrivacySpec
 
 
 def spec(**values: Any) -> ModelSpec:
@@ -101,6 +103,45 @@ def test_unknown_model_lists_the_known_ones() -> None:
         match="'varnet' is unknown: use cardiomm, cpgg, phenotype-gaussian, phenotype-vae",
     ):
         parameter_counts("varnet", "tiny")
+
+
+def test_moments_have_no_layers_to_update() -> None:
+    with pytest.raises(ModelError, match="lora_rank 4: the model has no linear"):
+        build_model(spec(name="phenotype-gaussian", lora_rank=4))
+
+
+class TestScores:
+    """What a family can be evaluated by at sites."""
+
+    def problem(self, name: str, **evaluation: Any) -> str | None:
+        privacy = PrivacySpec(noise_multiplier=1.0, evaluation=EvaluationSpec(**evaluation))
+        job = JobSpec(name="job", model=ModelSpec(name=name), privacy=privacy)
+        return model_entry(name).scoring_problem(job)
+
+    def test_what_fits_is_no_problem(self) -> None:
+        gate = {"metrics": ("memorisation",), "noise_multiplier": None}
+        assert self.problem("cardiomm", metrics=("psnr", "nmse")) is None
+        assert self.problem("cardiomm", rounds="none") is None
+        assert self.problem("cpgg", **gate) is None
+        assert self.problem("phenotype-vae", rounds="none") is None
+        assert self.problem("phenotype-gaussian", rounds="none") is None
+
+    @pytest.mark.parametrize(
+        ("name", "evaluation", "reason"),
+        [
+            ("cpgg", {"rounds": "none"}, "can be released only when the sites' gates find no cop"),
+            ("cpgg", {}, "psnr is none of cpgg's: use memorisation"),
+            (
+                "cardiomm",
+                {"metrics": ("memorisation",), "noise_multiplier": None},
+                "memorisation is none of cardiomm's: use psnr, ssim, nmse",
+            ),
+            ("phenotype-vae", {}, "psnr is none of phenotype-vae's: write rounds none"),
+            ("phenotype-gaussian", {}, "psnr is none of phenotype-gaussian's: write rounds none"),
+        ],
+    )
+    def test_what_does_not_fit(self, name: str, evaluation: dict[str, Any], reason: str) -> None:
+        assert reason in (self.problem(name, **evaluation) or "")
 
 
 @pytest.mark.parametrize("field", ["size", "variant", "text_encoder"])

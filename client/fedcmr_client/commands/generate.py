@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,22 @@ _COMPLETED: Final = "what a cavity lacks completed by its identities and public 
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New or empty folder.")
 @click.option("--phenotype", "settings", metavar="NAME=VALUE", multiple=True, help="Of all clips.")
 @click.option("--csv", "table", type=click.Path(path_type=Path), help="One clip for each row.")
-@click.option("--phenotypes-from", type=click.Path(path_type=Path), help="Model that draws hearts.")
+@click.option(
+    "--phenotypes-from",
+    type=click.Path(path_type=Path),
+    help="Bundle or release of phenotype-vae or phenotype-gaussian that draws hearts.",
+)
 @click.option("--count", type=click.IntRange(min=1), help="How many clips; 1 if not given.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Another gives other clips.")
-@click.option("--guidance", type=float, help="How much to exaggerate what is asked; 1: not at all.")
+@click.option(
+    "--guidance",
+    type=click.FloatRange(min=0),
+    help="How much to exaggerate what is asked; 1: not at all, 0: ignore it. As all of sampling, by "
+    "default what suits the size of MODEL.",
+)
 @click.option("--steps", type=int, help="Decoding steps.")
 @click.option("--diffusion-steps", type=int, help="Steps of each token.")
 @click.option(
@@ -100,9 +108,8 @@ def _listed(model: ClipModel, table: Path) -> tuple[list[tuple[Heart, Heart]], s
     """Return the hearts of a table, as given and completed, and whose they are."""
     from fedcmr_client.heart_requests import read_requests
 
-    hearts = read_requests(table, model.names)
-    digest = hashlib.sha256(table.read_bytes()).hexdigest()
-    return hearts, f"given by the user in a table (SHA-256 {digest}), {_COMPLETED}"
+    read = read_requests(table, model.names)
+    return read.hearts, f"given by the user in a table (SHA-256 {read.sha256}), {_COMPLETED}"
 
 
 def _repeated(
@@ -124,9 +131,9 @@ def _drawn(
     if phenotypes_from is None:
         drawn, source = [sample_prior(own) for own in seeds], PRIOR_SOURCE
     else:
-        distribution, digest = load_phenotype_model(phenotypes_from)
-        drawn = [sample_model(distribution, own) for own in seeds]
-        source = f"drawn by a phenotype-vae model, SHA-256 {digest}"
+        loaded = load_phenotype_model(phenotypes_from)
+        drawn = [sample_model(loaded.distribution, own) for own in seeds]
+        source = f"drawn by a {loaded.name} model, SHA-256 {loaded.sha256}"
     known = [{name: heart[name] for name in model.names if name in heart} for heart in drawn]
     return [(heart, heart) for heart in known], source
 
@@ -151,5 +158,9 @@ def _print(summary: dict[str, Any], files: Sequence[Path], as_json: bool) -> Non
     shown = {**summary, "files": len(files)}
     rows = [{"what": name.replace("_", " "), "value": shown[name]} for name in _SHOWN]
     print_table(f"{summary['label']}, {summary['notice']}", rows, ("what", "value"))
-    if summary["release"] is None:
+    release = summary["release"]
+    if release is None:
         click.echo("note: nobody released this model: no gate looked for copies of patients")
+    elif not release["trusted"]:
+        click.echo(f"note: key {release['signed_by']} signed the release: give it by --trust if it")
+        click.echo("is your coordinator's; anybody can sign, and write that gates passed")

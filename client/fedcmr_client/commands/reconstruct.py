@@ -33,7 +33,7 @@ _SHOWN = (
 @click.argument("scan", type=click.Path(path_type=Path))
 @click.option("--model", required=True, type=click.Path(path_type=Path), help="Bundle or release.")
 @click.option("--trust", metavar="KEY", help="Public key of the coordinator who released it.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="New folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="New or empty folder.")
 @click.option("--pattern", type=click.Choice(get_args(Pattern)), default="uniform")
 @click.option("--acceleration", type=float, default=8.0, help="Nominal factor, without ACS lines.")
 @click.option("--acs-lines", type=int, default=20, help="Calibration lines.")

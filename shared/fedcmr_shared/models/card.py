@@ -133,10 +133,17 @@ class ModelCard(BaseModel):
         _check_claim(self.job, self.privacy)
         _check_rounds(self.job, self.lineage)
         _check_evaluation(self.job, self.evaluation)
-        failed = [found.gate for found in self.gates if not found.passed]
-        if failed:
-            raise ValueError(f"gates: {failed[0]} did not pass, so the model cannot be released")
+        _check_gates(self.job, self.gates)
+        if self.energy_kwh is not None and not self.asks_energy:
+            raise ValueError("energy_kwh: the job asks the sites for no energy")
         return self
+
+    @property
+    def asks_energy(self) -> bool:
+        """Whether the sites could let the energy of the job out, with an evaluation."""
+        privacy = self.job.privacy
+        asked = privacy is not None and privacy.evaluation.energy_total
+        return asked and bool(self.job.evaluated_rounds())
 
 
 def _check_claim(job: JobSpec, claim: JobClaim) -> None:
@@ -168,18 +175,37 @@ def _check_evaluation(job: JobSpec, evaluation: tuple[Evaluation, ...]) -> None:
     rounds = [found.round for found in evaluation]
     if rounds != sorted(set(rounds)) or set(rounds) - set(job.evaluated_rounds()):
         raise ValueError("evaluation: other rounds than those that the job evaluates, or no order")
-    metrics = set(job.privacy.evaluation.metrics) if job.privacy else set()
+    asked = job.privacy.evaluation if job.privacy else None
+    if evaluation and asked is not None and asked.memorisation:
+        raise ValueError("evaluation: the job asks for its gates' word, which has no means")
+    metrics = set(asked.metrics) if asked else set()
     for found in evaluation:
         if set(found.means) - metrics:
             raise ValueError(f"evaluation: round {found.round} has metrics that the job asks not")
 
 
+def _check_gates(job: JobSpec, gates: tuple[GateResult, ...]) -> None:
+    failed = [found.gate for found in gates if not found.passed]
+    if failed:
+        raise ValueError(f"gates: {failed[0]} did not pass, so the model cannot be released")
+    needed = PURPOSES[job.model.name].gates if job.model.name in PURPOSES else ()
+    for gate in needed:
+        if gate not in {found.gate for found in gates}:
+            raise ValueError(
+                f"gates: {gate} is missing, and no {job.model.name} is released without it"
+            )
+
+
 @dataclass(frozen=True)
 class Purpose:
-    """What models of a family are for, and what a card says against them."""
+    """What models of a family are for, and what a card says against them.
+
+    ``gates`` are those without which no model of the family is released.
+    """
 
     use: str
     limits: tuple[str, ...]
+    gates: tuple[str, ...] = ()
 
 
 _PRIVACY_LIMIT: Final = (
@@ -220,7 +246,7 @@ PURPOSES: Final[Mapping[str, Purpose]] = {
         "describes. Not a medical device: no diagnosis or treatment may rest on its output.",
         (_MEANS_LIMIT, _INVENTED, _PRIVACY_LIMIT),
     ),
-    "cpgg": Purpose(_SYNTHETIC, (_IMPOSSIBLE, _COPIES, _PRIVACY_LIMIT)),
+    "cpgg": Purpose(_SYNTHETIC, (_IMPOSSIBLE, _COPIES, _PRIVACY_LIMIT), gates=("memorisation",)),
     "phenotype-gaussian": Purpose(_SYNTHETIC, (_NOISY, _PRIVACY_LIMIT)),
     "phenotype-vae": Purpose(_SYNTHETIC, (_NOISY, _PRIVACY_LIMIT)),
 }

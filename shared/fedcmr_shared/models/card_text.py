@@ -79,6 +79,16 @@ def _privacy(card: ModelCard) -> Iterator[str]:
         for name, phase in sorted(claim.phases.items(), reverse=True)
     )
     yield _table(("phase", "q", "σ", "steps", "ε"), rows)
+    if card.asks_energy:
+        yield _energy(card.energy_kwh)
+
+
+def _energy(kwh: float | None) -> str:
+    found = "There is no figure." if kwh is None else f"It adds up to {kwh:g} kWh."
+    return (
+        "Sites whose policy lets it also gave the energy that the job took, rounded up, in a sum "
+        f"without noise: no ε covers it. {found}"
+    )
 
 
 def _sigma(phase: PhaseClaim) -> str:
@@ -92,8 +102,8 @@ def _results(card: ModelCard) -> Iterator[str]:
     if privacy is not None and privacy.evaluation.memorisation:
         yield (
             "After the last round each site searched samples of the model for copies of its "
-            "patients. Only the number of sites whose gate passed left, as a sum without noise: no "
-            "ε covers it. What the gates found stands under Gates."
+            "patients. Of what it found only one bit left, in the number of sites whose gate passed, "
+            "a sum without noise: no ε covers it. What the gates found stands under Gates."
         )
         return
     if not card.evaluation:

@@ -123,6 +123,9 @@ class SamplingPlan:
     ``steps`` are decoding steps, ``diffusion_steps`` those of each token. ``guidance`` 1 follows
     the condition, 0 ignores it, more exaggerates it. ``reuse`` keeps keys and values where the
     network's attention is *ordered*; results are the same.
+
+    Raises:
+        ConfigurationError: a field is out of its range, or unknown.
     """
 
     steps: int = 16
@@ -141,8 +144,12 @@ class SamplingPlan:
             if getattr(self, name) not in get_args(kinds):
                 known = ", ".join(get_args(kinds))
                 raise ConfigurationError(f"{name} {getattr(self, name)!r} is unknown: use {known}")
-        if not (math.isfinite(self.guidance) and self.temperature >= 0):
-            raise ConfigurationError("guidance must be finite and temperature not negative")
+        # Guidance below 0 would draw the opposite of what is asked for.
+        for name in ("guidance", "temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigurationError(
+                    f"{name} {getattr(self, name):g} must be finite and not negative"
+                )
 
 
 PUBLISHED: Final = SamplingPlan()
