@@ -18,7 +18,7 @@ export MALLOC_TRIM_THRESHOLD_ = 1000000000
 demo: install ## Four virtual hospitals fine-tune CardioMM privately, and some die on the way.
 	$(BIN)/fedcmr simulate run --sites 4 --rounds 3 --drop cedar:2 --drop birch:3 --drop dogwood:3:consistency
 
-demo-generator: install ## Three virtual hospitals fine-tune a generator of hearts; gates decide on its release.
+demo-generator: install ## Three virtual hospitals fine-tune a generator of hearts and look for copied patients.
 	$(BIN)/fedcmr simulate run --sites 3 --config simulations/fedcmr_simulations/jobs/demo-generator.yaml
 
 test: install check ## Everything that CI runs.

@@ -16,8 +16,8 @@ def balanced_secret(label: str, patients: Sequence[str], fractions: SplitFractio
     """Return the first secret derived from ``label`` whose split of ``patients`` is balanced.
 
     Each part then has at least one patient and, as far as that allows, differs from its expected
-    number by less than one, or by less than 1 % of the patients. Only virtual sites may choose their secret so: a
-    hospital's is random.
+    number by less than one, or by less than 1 % of the patients. Only virtual sites may choose
+    their secret so: a hospital's is random.
 
     Raises:
         DataError: there are fewer patients than parts, or a part has no share of them.

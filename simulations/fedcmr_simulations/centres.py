@@ -29,6 +29,8 @@ SPLIT: Final = SplitFractions(train=0.4, validation=0.2, test=0.4)
 """Much to evaluate and little to train on, as at a hospital that needs others."""
 MID_VENTRICLE: Final = 0.55
 """Height of a mid-ventricular slice over the apex, as a share of that of the base at ED."""
+CLIP_COILS: Final = 4
+"""Coils for a clip: few, as it is shown on coarse pixels."""
 _STANDARD_SLICES: Final = 8
 # Matrix and coils relative to those of detail `quick`.
 _ENLARGEMENT: Final = {"small": (2 / 3, 0.5), "standard": (1.8, 1.5)}
@@ -77,7 +79,7 @@ class Centre:
         array, phase, readout, spacing = self.array, *self.matrix, self.spacing_mm
         oversampling = self.readout_oversampling
         if detail == "clip":
-            array, oversampling = replace(array, coils=4, front=2), 1.0
+            array, oversampling = replace(array, coils=CLIP_COILS, front=CLIP_COILS // 2), 1.0
         elif detail != "quick":
             pixels, loops = _ENLARGEMENT[detail]
             coils = max(round(loops * array.coils), _FEWEST_COILS)

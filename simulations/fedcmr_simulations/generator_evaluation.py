@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 
 from fedcmr_shared.errors import ConfigurationError, DataError
 from fedcmr_shared.metrics.clip_features import (
@@ -37,18 +35,24 @@ from fedcmr_shared.metrics.generation import (
     FeatureSample,
     FeatureSpace,
     Tables,
-    adherence,
     compare_tables,
     distance,
     diversity,
 )
-from fedcmr_shared.metrics.phenotypes.clip import measure_clip
 from fedcmr_shared.metrics.phenotypes.short_axis import SINGLE_SLICE_UNITS
 from fedcmr_shared.metrics.phenotypes.table import NAMES
 from fedcmr_shared.models.cpgg import CPGG
 from fedcmr_shared.models.masked_generator import SamplingPlan
 from fedcmr_shared.models.segmenter import LoadedSegmenter
-from fedcmr_simulations.generator_training import PLAN, draw_clips
+from fedcmr_simulations.clip_damage import DAMAGES
+from fedcmr_simulations.generator_training import (
+    FEWEST_MEASURED,
+    GUIDANCES,
+    PLAN,
+    agreement,
+    draw_clips,
+    measure_clips,
+)
 from fedcmr_simulations.hearts import SimulatedHeart, expected_fac
 
 Clips = Sequence[Clip]
@@ -64,40 +68,7 @@ _FIRST: Final = "first half"
 _FIRST_REBUILT: Final = "first half, reconstructed"
 FEWEST_HEARTS: Final = 12
 """Halves of 6 clips: distances of fewer say nothing. Use many more."""
-_FEWEST_MEASURED: Final = 3
 _AT_ONCE: Final = 16
-
-
-def _blurred(clip: Clip, _: np.random.Generator) -> Clip:
-    return gaussian_filter(clip, (0, 1, 1))
-
-
-def _noisy(clip: Clip, rng: np.random.Generator) -> Clip:
-    return clip + rng.normal(0, 0.2, clip.shape)
-
-
-def _frozen(clip: Clip, _: np.random.Generator) -> Clip:
-    return np.repeat(clip[:1], len(clip), axis=0)
-
-
-def _shuffled(clip: Clip, rng: np.random.Generator) -> Clip:
-    return clip[[0, *rng.permutation(np.arange(1, len(clip)))]]
-
-
-def _mirrored(clip: Clip, _: np.random.Generator) -> Clip:
-    return clip[:, :, ::-1]
-
-
-DAMAGES: Final[Mapping[str, Callable[[Clip, np.random.Generator], Clip]]] = MappingProxyType(
-    {
-        "blurred": _blurred,
-        "noisy": _noisy,
-        "frozen": _frozen,
-        "shuffled": _shuffled,
-        "mirrored": _mirrored,
-    }
-)
-"""Known damage to a clip; shuffled frames keep end diastole in its place."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +83,7 @@ class EvaluationPlan:
     """
 
     sampling: SamplingPlan = PLAN
-    guidances: tuple[float, ...] = (0.0, 1.0, 3.0, 5.0, 10.0)
+    guidances: tuple[float, ...] = GUIDANCES
     alone: tuple[str, ...] = ("LVEF",)
     pairs: int = 100
     seed: int = 0
@@ -213,16 +184,21 @@ def evaluate_generator(
 ) -> GeneratorEvaluation:
     """Measure ``model`` against ``hearts``, which it must not have been trained on.
 
-    The same arguments give the same result.
+    Of an odd number the last one is left out. The same arguments give the same result.
 
     Raises:
         DataError: there are fewer than 12 hearts.
-        ModelError: their clips or phenotypes do not fit the model.
+        ConfigurationError: the plan gives a phenotype alone that the model does not know.
+        ModelError: clips or phenotypes of the hearts do not fit the model.
     """
     if len(hearts) < FEWEST_HEARTS:
         raise DataError(f"{len(hearts)} hearts are too few: give at least {FEWEST_HEARTS}")
+    hearts = hearts[: 2 * (len(hearts) // 2)]
     plan = plan or EvaluationPlan()
     told = model.config.standardisation.names
+    for name in plan.alone:
+        if name not in told:
+            raise ConfigurationError(f"alone: the model is not conditioned on {name}: leave it out")
     swept = sorted({*plan.guidances, plan.sampling.guidance})
     drawn = {each: _drawn(model, hearts, told, plan, each) for each in swept}
     real = [heart.clip for heart in hearts]
@@ -236,9 +212,11 @@ def evaluate_generator(
     samples = [{name: look(each) for name, each in sets.items()} for look in extractors]
     samples += [{name: motion.of(beats, clips.half) for name, beats in followed.items()}]
     shown = {name: sets[name] for name in (REAL, REBUILT, MADE)}
-    measured = {name: measure_clips(each, pixel_mm, segmenter) for name, each in shown.items()}
+    measured = {
+        name: measure_clips(each, pixel_mm, segmenter.model) for name, each in shown.items()
+    }
     return GeneratorEvaluation(
-        hearts=2 * clips.half,
+        hearts=len(hearts),
         plan=plan,
         distances=tuple(_distances(each) for each in samples),
         diversity={name: diversity(each, plan.pairs, plan.seed) for name, each in shown.items()},
@@ -251,7 +229,7 @@ def evaluate_generator(
 
 @dataclass(frozen=True, eq=False)
 class _Clips:
-    """Real, reconstructed and generated clips of the same hearts."""
+    """Real, reconstructed and generated clips of the same hearts, an even number."""
 
     real: Clips
     rebuilt: Clips
@@ -264,14 +242,14 @@ class _Clips:
     def sets(self, seed: int) -> dict[str, Clips]:
         """Sets of equally many clips; but for the first two all are of the second half's hearts."""
         rng = np.random.default_rng(seed)
-        half, whole = self.half, 2 * self.half
-        later = self.real[half:whole]
+        half = self.half
+        later = self.real[half:]
         return {
             _FIRST: self.real[:half],
             _FIRST_REBUILT: self.rebuilt[:half],
             REAL: later,
-            REBUILT: self.rebuilt[half:whole],
-            MADE: self.made[half:whole],
+            REBUILT: self.rebuilt[half:],
+            MADE: self.made[half:],
             **{name: [damage(clip, rng) for clip in later] for name, damage in DAMAGES.items()},
         }
 
@@ -300,14 +278,6 @@ def _reconstructed(model: CPGG, clips: Clips) -> list[Clip]:
     batches = torch.split(torch.from_numpy(np.stack(clips))[:, None], _AT_ONCE)
     found = [model.autoencoder.decode(model.autoencoder.encode(each).mean) for each in batches]
     return list(torch.cat(found)[:, 0].clamp(-1, 1).numpy())
-
-
-def measure_clips(clips: Clips, pixel_mm: float, segmenter: LoadedSegmenter) -> Measured:
-    """Measure the phenotypes of a slice on each of ``clips``."""
-    rows = [measure_clip(clip, pixel_mm, segmenter.model) for clip in clips]
-    return {
-        name: np.array([row.get(name, math.nan) for row in rows]) for name in SINGLE_SLICE_UNITS
-    }
 
 
 def asked(heart: SimulatedHeart) -> dict[str, float]:
@@ -347,10 +317,10 @@ def _sweep(
     extractors: Sequence[Extractor],
     plan: EvaluationPlan,
 ) -> Iterator[Sweep]:
-    half, whole = clips.half, 2 * clips.half
-    real = [(each, each(clips.real[:half]), each(clips.real[half:whole])) for each in extractors]
+    half = clips.half
+    real = [(each, each(clips.real[:half]), each(clips.real[half:])) for each in extractors]
     for guidance, everything in drawn.items():
-        made = everything[half:whole]
+        made = everything[half:]
         distances = {
             extractor.space.extractor: _compare(first, extractor(made), first, later)
             for extractor, first, later in real
@@ -382,7 +352,7 @@ def _obedience(
         ),
     ]
     for name, told, strength, shown in rows:
-        measured = measure_clips(shown, model.config.pixel_mm, segmenter)
+        measured = measure_clips(shown, model.config.pixel_mm, segmenter.model)
         yield from _follows(name, told, strength, requests, measured)
         if told == ALL and strength == guidance:
             # What an evaluation says of a generator that mixes up its requests.
@@ -394,10 +364,8 @@ def _follows(
     clips: str, told: str, guidance: float | None, requests: Measured, measured: Measured
 ) -> Iterator[Obedience]:
     for name, wanted in requests.items():
-        values = np.where(np.isfinite(wanted), measured[name], math.nan)
-        missing = int(np.isnan(values).sum())
-        enough = len(values) - missing >= _FEWEST_MEASURED
-        result = adherence(wanted, values) if enough else None
+        missing = int((~np.isfinite(wanted) | ~np.isfinite(measured[name])).sum())
+        result = agreement(wanted, measured[name])
         yield Obedience(clips, told, guidance, name, result, missing)
 
 
@@ -424,7 +392,7 @@ def _distribution(real: Measured, made: Measured) -> Tables | None:
         np.stack([each[name] for name in SINGLE_SLICE_UNITS], axis=1) for each in (real, made)
     ]
     kept = [rows[np.isfinite(rows).all(axis=1)] for rows in columns]
-    if min(map(len, kept)) < _FEWEST_MEASURED:
+    if min(map(len, kept)) < FEWEST_MEASURED:
         return None
     return compare_tables(tuple(SINGLE_SLICE_UNITS), *kept)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from importlib.metadata import version
@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from fedcmr_client.generation import PLANS
+from fedcmr_client.generation import PLANS, ClipRequest
+from fedcmr_client.generation import draw_clips as draw_requests
 from fedcmr_shared.errors import ConfigurationError, ModelError
-from fedcmr_shared.metrics.generation import adherence
+from fedcmr_shared.metrics.generation import Adherence, Clip, adherence
 from fedcmr_shared.metrics.phenotypes.clip import measure_clip
+from fedcmr_shared.metrics.phenotypes.short_axis import SINGLE_SLICE_UNITS
 from fedcmr_shared.models.bundle import save_bundle, state_sha256
 from fedcmr_shared.models.clips import clip_grid
 from fedcmr_shared.models.cpgg import CPGG
@@ -41,6 +43,8 @@ from fedcmr_simulations.progress import Progress
 PLAN: Final = PLANS["tiny"]
 GUIDANCES: Final = (0.0, 1.0, 3.0, 5.0, 10.0)
 """At which the held-out patients' requests are measured; 0 ignores them."""
+FEWEST_MEASURED: Final = 3
+"""Agreement over fewer clips says nothing."""
 
 _SPEC: Final = ModelSpec(name="cpgg", size="tiny")
 _MARGIN: Final = 2  # pixels around a clip, by which views of it are shifted
@@ -234,7 +238,14 @@ def _optimise(
 
 
 def train(config: GeneratorTraining, progress: Progress) -> CPGG:
-    """Simulate and train; the same configuration gives the same network, in evaluation mode."""
+    """Simulate and train; return the network in evaluation mode.
+
+    The same configuration gives the same network as long as torch uses one thread, on the same kind
+    of processor.
+
+    Raises:
+        ModelError: the registry holds another kind of model.
+    """
     torch.manual_seed(config.seed)
     model = build_model(_SPEC)
     if not isinstance(model, CPGG):
@@ -245,10 +256,18 @@ def train(config: GeneratorTraining, progress: Progress) -> CPGG:
     return model.eval()
 
 
-def measured_fac(clips: Tensor, pixel_mm: float, segmenter: Segmenter) -> NDArray[np.float64]:
-    """Return LVFAC in % of clips ``[n, frames, rows, columns]``; NaN where it was not measured."""
-    found = [measure_clip(clip, pixel_mm, segmenter) for clip in clips.numpy()]
-    return np.array([each.get("LVFAC", math.nan) for each in found])
+def measure_clips(
+    clips: Iterable[Clip], pixel_mm: float, segmenter: Segmenter
+) -> dict[str, NDArray[np.float64]]:
+    """Measure the phenotypes of a slice on clips ``[frames, rows, columns]``.
+
+    Returns:
+        LVEDA, LVESA and LVMA in mm² and LVFAC in %, each ``[clip]``; NaN where a clip shows none.
+    """
+    rows = [measure_clip(clip, pixel_mm, segmenter) for clip in clips]
+    return {
+        name: np.array([row.get(name, math.nan) for row in rows]) for name in SINGLE_SLICE_UNITS
+    }
 
 
 def asked_fac(model: CPGG, phenotypes: Tensor) -> NDArray[np.float64]:
@@ -260,21 +279,18 @@ def asked_fac(model: CPGG, phenotypes: Tensor) -> NDArray[np.float64]:
 
 
 def draw_clips(model: CPGG, phenotypes: Tensor, plan: SamplingPlan, seed: int) -> Tensor:
-    """Draw one clip ``[n, frames, rows, columns]`` for each row of phenotypes."""
-    generators = [
-        torch.Generator().manual_seed(seed * len(phenotypes) + row)
-        for row in range(len(phenotypes))
-    ]
-    return torch.cat(
-        [
-            model.sample(
-                phenotypes[start : start + _DRAWN_AT_ONCE],
-                generators[start : start + _DRAWN_AT_ONCE],
-                plan,
-            )[:, 0]
-            for start in range(0, len(phenotypes), _DRAWN_AT_ONCE)
-        ]
-    )
+    """Draw one clip ``[n, frames, rows, columns]`` for each row of phenotypes ``[n, 82]``.
+
+    Raises:
+        ModelError: the network gives values that are not finite.
+    """
+    names = model.config.standardisation.names
+    requests = []
+    for row, values in enumerate(phenotypes.tolist()):
+        wanted = dict(zip(names, values, strict=True))
+        requests.append(ClipRequest(wanted, wanted, seed * len(phenotypes) + row))
+    drawn = draw_requests(model, requests, plan, batch=_DRAWN_AT_ONCE)
+    return torch.from_numpy(np.stack([clip.frames for clip in drawn]))
 
 
 @torch.no_grad()
@@ -282,13 +298,15 @@ def evaluate(
     model: CPGG, hearts: Hearts, segmenter: Segmenter, progress: Progress
 ) -> dict[str, Any]:
     """Measure held-out hearts: true clips, decoded ones, and ones drawn for their phenotypes."""
-    pixel_mm = model.config.pixel_mm
+
+    def fac(clips: Tensor) -> NDArray[np.float64]:
+        return measure_clips(clips.numpy(), model.config.pixel_mm, segmenter)["LVFAC"]
+
     asked = asked_fac(model, hearts.phenotypes)
     with progress.stage("evaluating", 2 + len(GUIDANCES)) as advance:
-        true = measured_fac(hearts.clips, pixel_mm, segmenter)
         result: dict[str, Any] = {
             "patients": len(asked),
-            "true clips": _agreement(hearts.fac, true),
+            "true clips": _rounded(hearts.fac, fac(hearts.clips)),
         }
         advance("true clips")
         parts = [
@@ -297,22 +315,33 @@ def evaluate(
         ]
         decoded = torch.cat(parts).clamp(-1, 1)
         error = (decoded - hearts.clips).abs().mean().item()
-        found = measured_fac(decoded, pixel_mm, segmenter)
-        result["decoded clips"] = {"error": error, **_agreement(hearts.fac, found)}
+        result["decoded clips"] = {"error": error, **_rounded(hearts.fac, fac(decoded))}
         advance("decoded clips")
         for guidance in GUIDANCES:
             drawn = draw_clips(model, hearts.phenotypes, replace(PLAN, guidance=guidance), 0)
-            found = measured_fac(drawn, pixel_mm, segmenter)
-            result[f"guidance {guidance:g}"] = _agreement(asked, found)
+            result[f"guidance {guidance:g}"] = _rounded(asked, fac(drawn))
             advance(f"guidance {guidance:g}")
     return result
 
 
-def _agreement(asked: NDArray[np.float64], found: NDArray[np.float64]) -> dict[str, float]:
+def agreement(asked: NDArray[np.float64], measured: NDArray[np.float64]) -> Adherence | None:
+    """Compare one phenotype ``[clip]`` asked for with that measured; clips with NaN are left out.
+
+    Returns None where fewer than three clips are left.
+
+    Raises:
+        DataError: all requests are the same.
+    """
+    both = np.isfinite(asked) & np.isfinite(measured)
+    return adherence(asked[both], measured[both]) if both.sum() >= FEWEST_MEASURED else None
+
+
+def _rounded(asked: NDArray[np.float64], measured: NDArray[np.float64]) -> dict[str, float]:
     """R², mean absolute error and bias of LVFAC (%), over how many clips it was measured."""
-    if np.isfinite(found).sum() < 3:
-        return {"samples": int(np.isfinite(found).sum())}
-    return {name: round(value, 4) for name, value in adherence(asked, found)._asdict().items()}
+    found = agreement(asked, measured)
+    if found is None:
+        return {"samples": int(np.isfinite(measured).sum())}
+    return {name: round(value, 4) for name, value in found._asdict().items()}
 
 
 def make_generator(

@@ -20,7 +20,7 @@ from fedcmr_shared.kspace.fourier import ifft2c
 from fedcmr_shared.metrics.phenotypes.short_axis import ShortAxis, Spacing, single_slice
 from fedcmr_shared.metrics.phenotypes.table import PhenotypeTable
 from fedcmr_shared.models.clips import ClipGrid, make_clip, ventricle_centre
-from fedcmr_simulations.centres import MID_VENTRICLE, TRAINING_CENTRES, Centre
+from fedcmr_simulations.centres import CLIP_COILS, MID_VENTRICLE, TRAINING_CENTRES, Centre
 from fedcmr_simulations.phantom.motion import END_SYSTOLE, BeatingHeart, Volumes
 from fedcmr_simulations.phantom.patient import PROFILES, Patient, draw_patient
 from fedcmr_simulations.phantom.protocol import protocol
@@ -29,7 +29,6 @@ from fedcmr_simulations.phantom.scan import Scan, Scanner
 EJECTION_FRACTIONS: Final = (0.13, 0.77)
 """Least and largest, between which they are evenly spread."""
 
-_COILS: Final = 4
 _OFF_CENTRE_MM: Final = 2.0  # as a segmenter errs
 _RV_EDV_ML: Final = (50.0, 330.0)
 _STREAM: Final = 31
@@ -137,7 +136,9 @@ def _seen(
 
 def _scan(patient: Patient, centre: Centre, frames: int, seed: tuple[int, ...]) -> Scan:
     scanner: Scanner = centre.equipment("quick")
-    scanner = replace(scanner, array=replace(scanner.array, coils=_COILS, front=_COILS // 2))
+    scanner = replace(
+        scanner, array=replace(scanner.array, coils=CLIP_COILS, front=CLIP_COILS // 2)
+    )
     sequence = protocol("cine", "quick", centre.field_strength_t)
     sequence = replace(sequence, phases=tuple(i / frames for i in range(frames)))
     height = MID_VENTRICLE * patient.heart.at(0).base

@@ -100,7 +100,6 @@ def _generator_page(run_folder: Path) -> str:
         origin=_origin(summary, environment),
         statement=generator_statement(summary),
         picture=b64encode(picture.read_bytes()).decode() if picture.exists() else None,
-        rounds=[event for event in events if event["event"] == "round"],
         attempts=[_attempt(event) for event in events if event["event"] == "attempt"],
         aggregation=_aggregation(job),
         privacy=summary.get("privacy"),
@@ -115,13 +114,12 @@ def generator_statement(summary: Mapping[str, Any]) -> str:
         return f"The run is {summary.get('status', 'unknown')}: it has no result yet."
     before, after = (adherence[name]["r2"] for name in ("start", "federated"))
     released = "was released" if summary.get("release") else "was not released"
-    if before is None or after is None:
-        return (
-            f"The generator {released}. It draws no hearts: it began with weights that know none."
-        )
+    if before is None and after is None:
+        return f"The generator {released}. It draws no hearts, and its starting weights drew none."
+    shown = ["no heart" if r2 is None else f"R² {r2:.2f}" for r2 in (before, after)]
     return (
         f"The generator {released}. Fractional area change asked against measured: "
-        f"R² {before:.2f} with the starting weights, {after:.2f} after private training."
+        f"{shown[0]} with the starting weights, {shown[1]} after private training."
     )
 
 
@@ -219,7 +217,7 @@ def privacy_text(summary: Mapping[str, Any]) -> str:
     if privacy["evaluation"]["rounds"] == "none":
         return text
     if privacy["evaluation"]["noise_multiplier"] is None:
-        if privacy["evaluation"]["metrics"] == ["memorisation"]:
+        if list(privacy["evaluation"]["metrics"]) == ["memorisation"]:
             return text + " What the memorisation gates let out, one bit a site, has no epsilon."
         return text + " Scores of held-out patients left WITHOUT noise: they have no epsilon."
     worst = max(site["epsilon"] for site in scored)

@@ -8,7 +8,8 @@
    validation patients
 5. report
 
-For a generator, the release gate, the release and six hearts take the place of stages 3 and 4.
+For a generator, the memorisation gate, the release, how well it does what it is asked for, and six
+hearts take the place of stages 3 and 4.
 
 Stages 3 and 4 look at each site from outside the federation. Only a simulation can do that: a
 coordinator never sees a figure of one site.
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from fedcmr_server.run_folder import RunFolder
 from fedcmr_shared.errors import ConfigurationError, FederationError
@@ -56,6 +57,8 @@ from fedcmr_simulations.workers import each_in_pool
 Status = Literal["running", "finished", "interrupted", "failed"]
 Result = TypeVar("Result")
 
+_EVALUATED: Final = ("cardiomm", "cpgg")
+
 
 @dataclass(frozen=True)
 class SimulationRequest:
@@ -77,9 +80,15 @@ class SimulationRequest:
         """The job to run.
 
         Raises:
-            ConfigurationError: the configuration declares no privacy, yet the run is to be private.
+            ConfigurationError: the configuration declares no privacy, yet the run is to be private,
+                or no simulated run can evaluate such a model.
         """
         job = self.config.job
+        if job.model.name not in _EVALUATED:
+            raise ConfigurationError(
+                f"job.model.name {job.model.name}: simulated runs evaluate "
+                f"{' and '.join(_EVALUATED)} alone; train it between machines"
+            )
         if not self.private:
             if job.model.name != "cardiomm":
                 raise ConfigurationError(
@@ -135,7 +144,8 @@ def simulate(request: SimulationRequest, progress: Progress) -> dict[str, Any]:
         summary.update(**_federation_figures(folder))
         summary.update(**_account(request, folder, places))
         if job.model.name == "cpgg":
-            summary.update(**finish_generator(folder, progress))
+            for found in finish_generator(folder, request.config.start, progress):
+                summary.update(**found)
         else:
             _compare(request, folder, stores, summary, progress)
     return summary.values
@@ -182,11 +192,11 @@ def _always_readable(summary: Summary, folder: RunFolder, started: float) -> Ite
 def _opening(request: SimulationRequest) -> dict[str, Any]:
     job, model = request.job, request.job.model
     headline = request.config.evaluation[0]
+    sampling = {"nominal_af": headline.acceleration, "pattern": headline.pattern}
     return {
         "status": "running",
         "name": job.name,
-        "nominal_af": headline.acceleration,
-        "pattern": headline.pattern,
+        **({} if model.name == "cpgg" else sampling),
         "model": {**model.model_dump(), **trained_counts(job)},
         "start": request.config.start,
         "private": request.private,

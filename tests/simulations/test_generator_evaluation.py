@@ -16,9 +16,9 @@ from fedcmr_shared.models.cpgg import CPGG, CPGGConfig
 from fedcmr_shared.models.masked_generator import PUBLISHED, MaskedGeneratorConfig, SamplingPlan
 from fedcmr_shared.models.segmenter import load_segmenter
 from fedcmr_shared.models.video_vae import VideoVAEConfig
+from fedcmr_simulations.clip_damage import DAMAGES
 from fedcmr_simulations.generator_evaluation import (
     ALL,
-    DAMAGES,
     MADE,
     MADE_TO_REBUILT,
     REAL,
@@ -95,7 +95,8 @@ def found() -> GeneratorEvaluation:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Draughtsman(CONFIG).eval()
-    return evaluate_generator(model, [heart(n) for n in range(12)], load_segmenter(), PLAN)
+    # The last one of an odd number is left out.
+    return evaluate_generator(model, [heart(n) for n in range(13)], load_segmenter(), PLAN)
 
 
 def row(found: GeneratorEvaluation, told: str, guidance: float | None, name: str) -> Obedience:
@@ -189,8 +190,17 @@ def test_the_result_is_json_and_says_how_it_was_measured(found: GeneratorEvaluat
     assert said["distribution"]["wasserstein"].keys() == {"LVEDA", "LVESA", "LVMA", "LVFAC"}
 
 
+def test_every_row_is_about_as_many_hearts(found: GeneratorEvaluation) -> None:
+    assert found.hearts == 12
+    results = [(each.result, each.unmeasured) for each in found.obedience]
+    assert {result.samples + missing for result, missing in results if result} == {12}
+
+
 def test_refusals() -> None:
     with pytest.raises(ConfigurationError, match="pairs 0"):
         EvaluationPlan(pairs=0)
     with pytest.raises(DataError, match="2 hearts are too few: give at least 12"):
         evaluate_generator(CPGG(CONFIG), [heart(0), heart(1)], load_segmenter())
+    unknown = EvaluationPlan(alone=("LVEF", "LVFAC"))
+    with pytest.raises(ConfigurationError, match="alone: the model is not conditioned on LVFAC"):
+        evaluate_generator(CPGG(CONFIG), [heart(0)] * 12, load_segmenter(), unknown)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,12 @@ from fedcmr_shared.schemas.job import ModelSpec
 from fedcmr_simulations.generator_training import (
     PLAN,
     GeneratorTraining,
+    agreement,
     asked_fac,
     default_generator,
     draw_clips,
     make_generator,
-    measured_fac,
+    measure_clips,
     train_autoencoder,
     view,
 )
@@ -120,6 +123,15 @@ def test_the_autoencoder_learns_and_is_frozen_again() -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_agreement_leaves_out_what_was_not_asked_or_not_measured() -> None:
+    asked = np.array([10.0, 20.0, 30.0, math.nan, 50.0])
+    measured = np.array([11.0, 21.0, 31.0, 40.0, math.nan])
+    found = agreement(asked, measured)
+    assert found is not None
+    assert (found.samples, found.mae, found.bias) == (3, 1.0, 1.0)
+    assert agreement(asked[1:], measured[1:]) is None
+
+
 @cache
 def packaged() -> CPGG:
     model = load_bundle(default_generator()).model
@@ -138,8 +150,8 @@ def answers() -> tuple[np.ndarray, np.ndarray]:
     phenotypes = torch.from_numpy(table.values).float()
     model = packaged()
     clips = draw_clips(model, phenotypes, PLAN, 7)
-    found = measured_fac(clips, model.config.pixel_mm, load_segmenter().model)
-    return asked_fac(model, phenotypes), found
+    measured = measure_clips(clips.numpy(), model.config.pixel_mm, load_segmenter().model)
+    return asked_fac(model, phenotypes), measured["LVFAC"]
 
 
 def test_packaged_weights_are_those_of_their_description() -> None:
@@ -147,12 +159,20 @@ def test_packaged_weights_are_those_of_their_description() -> None:
     said = json.loads(path.with_suffix(".json").read_text())
     bundle = load_bundle(path)
     assert bundle.sha256 == said["sha256"]
-    assert path.stat().st_size == said["bytes"] <= 8_000_000
+    content = path.read_bytes()
+    assert len(content) == said["bytes"] <= 8_000_000
+    assert hashlib.sha256(content).hexdigest() == said["file_sha256"]
     assert said["origin"] == bundle.extra["origin"] == "simulated"
     digest = bundle.sha256
     readme = (path.parent / "README.md").read_text()
     assert digest in readme
     assert said["command"] in readme
+    for name, row in said["held_out"].items():
+        if name != "patients":
+            figures = (
+                f"{row['r2']:.3f} | {row['mae']:.2f} | {row['bias']:+.2f} | {row['samples']} |"
+            )
+            assert figures in readme, name
 
 
 def test_packaged_weights_draw_the_hearts_asked_for() -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from fedcmr_client.store.split import SPLITS, SplitFractions
 from fedcmr_shared.errors import DataError
 from fedcmr_shared.metrics.phenotypes.clip import measure_clip
 from fedcmr_shared.metrics.phenotypes.table import NAMES
 from fedcmr_shared.models.clips import clip_grid
 from fedcmr_shared.models.cpgg import CONFIGS
 from fedcmr_shared.models.segmenter import load_segmenter
+from fedcmr_simulations.balanced_split import balanced_secret
+from fedcmr_simulations.centres import CENTRES, CLIP_COILS, simulate_centre
 from fedcmr_simulations.hearts import (
     EJECTION_FRACTIONS,
     SimulatedHeart,
@@ -21,6 +25,7 @@ from fedcmr_simulations.hearts import (
     expected_fac,
     simulate_hearts,
 )
+from fedcmr_simulations.phantom.protocol import CLIP_FRAMES
 
 GRID = clip_grid(CONFIGS["tiny"])
 SMALL = replace(GRID, frames=3, rows=16, columns=16)
@@ -100,3 +105,20 @@ def test_what_is_measured_on_true_clips_is_the_truth() -> None:
     area = [found["LVEDA"] / truth["LVEDA"] for found, truth in pairs]
     assert np.median(np.abs(change)) < 3
     assert np.median(area) == pytest.approx(1, abs=0.06)
+
+
+def test_a_hospital_of_clips_has_one_beating_slice_of_each_patient(tmp_path: Path) -> None:
+    with simulate_centre(tmp_path / "site", CENTRES[0], 3, 0, "clip") as store:
+        shown = [
+            (scan.modality, scan.frames, scan.slices, scan.coils)
+            for scan in (record.metadata for record in store.scans())
+        ]
+    assert shown == [("cine", CLIP_FRAMES, 1, CLIP_COILS)] * 3
+
+
+@pytest.mark.parametrize("part", SPLITS)
+def test_a_part_of_the_split_without_a_share_is_refused(part: str) -> None:
+    """Of such a split no secret is balanced: the search would not end."""
+    shares = {each: 0.0 if each == part else 0.5 for each in SPLITS}
+    with pytest.raises(DataError, match=f"the part {part} of a virtual site's patients is empty"):
+        balanced_secret("alder 0", ["a", "b", "c"], SplitFractions(**shares))

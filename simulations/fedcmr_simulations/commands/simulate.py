@@ -159,6 +159,8 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
             click.echo(f"gate {gate['gate']}: {gate['text']}")
         _print_spent(summary)
         click.echo(generator_statement(summary))
+        if summary["release"]:
+            click.echo(f"release: {out / summary['release']['path']}")
         click.echo(f"hearts: {out / 'hearts.gif'}\nreport: {out / 'report.html'}")
         return
     title = (
@@ -182,7 +184,9 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
 def _print_spent(summary: dict[str, Any]) -> None:
     sites = summary["privacy"]["sites"]
     spent = [{"site": name, **_by_round(site["rounds"])} for name, site in sites.items()]
-    print_table("certified epsilon of a trained patient, spent so far", spent, list(spent[0]))
+    # A site that died has started more often than the others.
+    columns = list(dict.fromkeys(column for row in spent for column in row))
+    print_table("certified epsilon of a trained patient, spent so far", spent, columns)
 
 
 def _by_round(epsilons: list[float]) -> dict[str, str]:
