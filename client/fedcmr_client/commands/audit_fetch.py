@@ -106,8 +106,8 @@ def join(folder: Path, kit: Path, fingerprint: str, as_json: bool) -> None:
 def fetch(folder: Path, out: Path, proxy: str | None, as_json: bool) -> None:
     """Download evidence, checkpoints, receipts, jobs, roster, lists of releases and refusals to DIR.
 
-    The roster, the receipts and the refusals are checked here; evidence is for `fedcmr audit verify`, with keys
-    that the sites themselves gave you.
+    The roster, the receipts and the refusals are checked here; evidence is for `fedcmr audit
+    verify`, with keys that the sites themselves gave you.
     """
     from fedcmr_client.site_link import governance_as
     from fedcmr_client.tunnel import Proxy

@@ -332,8 +332,8 @@ def withdraw(
         # The ledger comes first: from here on no job can use the patient, whatever happens next.
         if ledger is not None:
             ledger.withdraw(pseudonym)
-        # Then the scans, of which a round that runs now would make latents. One that cannot be
-        # erased keeps no latents.
+        # Then the scans, of which a round that runs now would make latents. These go even where a
+        # scan cannot be erased.
         try:
             erased = store.withdraw(pseudonym)
         finally:
