@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from small_scans import small_store
 
 from fedcmr_client.policy import policy_text
@@ -16,7 +17,17 @@ SiteFactory = Callable[..., Path]
 HALVES = SplitFractions(0.5, 0.25, 0.25)
 
 
-LONGEST = ("test_faults.py", "test_federation.py", "test_runner.py", "test_real_images.py")
+# Machines of a busy moment are slow; no law depends on how long an example takes.
+settings.register_profile("fedcmr", deadline=None)
+settings.load_profile("fedcmr")
+
+LONGEST = (
+    "test_faults.py",
+    "test_federation.py",
+    "test_runner.py",
+    "test_real_images.py",
+    "test_generator_run.py",
+)
 
 
 @pytest.hookimpl(trylast=True)

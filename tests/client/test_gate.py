@@ -309,7 +309,7 @@ class TestClock:
             assert failed(job(), quiet, elsewhere) == ["quiet-hours"]
         assert failed(job(), quiet, local + timedelta(hours=1)) == []
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(st.datetimes(datetime(2020, 1, 1), datetime(2035, 1, 1)))
     def test_only_quiet_hours_depend_on_it(self, now: datetime) -> None:
         rule = policy({"quiet_hours": ["22:00-06:00"]})
@@ -405,7 +405,7 @@ def at(content: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(any_job, any_job)
 def test_no_other_field_of_a_job_turns_a_rule_off(
     one: dict[str, Any], other: dict[str, Any]
@@ -425,7 +425,7 @@ def test_no_other_field_of_a_job_turns_a_rule_off(
         assert again == finding
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(any_job)
 def test_a_job_that_passes_keeps_the_sites_limits(content: dict[str, Any]) -> None:
     """Said again without the gate's code: what comes through is within the policy."""

@@ -31,7 +31,7 @@ def stack(image: np.ndarray, matrix: tuple[int, int], frames: int = 2) -> Magnit
     return MagnitudeStack(frames, 1, matrix, lambda t, z: image * (1 + t), "test")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 16), st.integers(4, 40), st.integers(4, 40), st.integers(0, 2**32))
 def test_coil_maps_have_unit_root_sum_of_squares(c: int, ny: int, nx: int, seed: int) -> None:
     maps = coil_maps(c, (ny, nx), np.random.default_rng(seed))
@@ -44,7 +44,7 @@ def test_coil_maps_are_smooth() -> None:
         assert np.abs(np.diff(maps, axis=axis)).max() < 0.15
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 32), st.integers(0, 2**32))
 def test_noise_covariance_is_positive_definite(coils: int, seed: int) -> None:
     covariance = noise_covariance(coils, 2.0, np.random.default_rng(seed))

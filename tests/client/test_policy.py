@@ -310,7 +310,7 @@ policies = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(policies)
 def test_the_written_file_reads_back_and_explains_every_field(value: SitePolicy) -> None:
     text = policy_text(value)

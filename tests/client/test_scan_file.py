@@ -94,7 +94,7 @@ def test_the_layout_is_readable_without_fedcmr(tmp_path: Path) -> None:
         assert set(file) == {"kspace"}
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(order=st.permutations(range(FRAMES * SLICES)))
 def test_the_digest_ignores_the_order_of_arrival_and_the_metadata(
     tmp_path_factory: pytest.TempPathFactory, order: list[int]

@@ -69,7 +69,7 @@ def test_a_pseudonym_is_the_keyed_hash_of_the_name() -> None:
     )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(name=st.text(min_size=1).filter(str.strip), space=st.sampled_from(["", " ", "\t\n"]))
 def test_a_pseudonym_ignores_white_space_and_unicode_form(name: str, space: str) -> None:
     expected = pseudonym(SECRET, name)
@@ -195,7 +195,6 @@ def test_a_file_that_cannot_get_its_name_is_no_scan(store: SiteStore) -> None:
 fractions = st.tuples(*[st.integers(0, 20)] * 3).filter(lambda parts: sum(parts) > 0)
 
 
-@settings(deadline=None)
 @given(parts=fractions, position=st.floats(0, 1, exclude_max=True))
 def test_a_part_without_share_is_empty(parts: tuple[int, int, int], position: float) -> None:
     shares = SplitFractions(*(part / sum(parts) for part in parts))

@@ -14,7 +14,7 @@ instants = st.floats(0, 4e9)
 tick_lengths = st.sampled_from([0.05, 0.1, 1.0, 7.5, 60.0, 3600.0])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(instants, tick_lengths)
 def test_is_the_first_multiple_that_is_not_past(now: float, tick: float) -> None:
     found = next_tick(now, tick)
@@ -24,7 +24,7 @@ def test_is_the_first_multiple_that_is_not_past(now: float, tick: float) -> None
     assert (count - 1) * tick < now
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(instants, tick_lengths)
 def test_a_tick_is_its_own_next(now: float, tick: float) -> None:
     found = next_tick(now, tick)

@@ -163,7 +163,7 @@ class Federation(RuleBasedStateMachine):
         )
 
 
-Federation.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=30)
+Federation.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestFederation = Federation.TestCase
 
 
@@ -177,7 +177,7 @@ def test_rounds_start_and_end_once() -> None:
             round_after(state, event)  # type: ignore[arg-type]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from(ATTEMPT_EVENTS), st.integers(1, 4)), max_size=12))
 def test_whatever_is_asked_a_round_is_opened_once_and_numbers_are_new(
     asked: list[tuple[str, int]],

@@ -18,7 +18,7 @@ def update(seed: int) -> dict[str, Tensor]:
     return {"a": torch.randn(3, 2, generator=generator), "b": torch.randn((), generator=generator)}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     seeds=st.lists(st.integers(0, 2**31), min_size=1, max_size=6, unique=True),
     weights=st.lists(st.sampled_from([1.0, 2.0, 4.0]), min_size=6, max_size=6),

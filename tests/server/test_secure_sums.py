@@ -642,7 +642,7 @@ places = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(lost=st.dictionaries(places, st.integers(1, 2), max_size=6))
 def test_whatever_is_lost_the_model_moves_by_the_mean_of_the_survivors(
     tmp_path_factory: pytest.TempPathFactory, lost: dict[Place, int]

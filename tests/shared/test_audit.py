@@ -277,7 +277,7 @@ def test_an_open_job_is_charged_all_that_it_reserved() -> None:
     assert any("is open: it is charged all that it reserved" in text for text in claims(findings))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(hidden=st.integers(1, 9))
 def test_entries_hidden_at_the_end_of_a_job_never_lower_a_figure(hidden: int) -> None:
     log = Log()

@@ -236,7 +236,7 @@ def test_the_last_rounds_sum_is_opened_after_the_job_was_closed() -> None:
     assert budget.committed_rdp(COHORT) == replay(LIFE).committed_rdp(COHORT)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 2), st.integers(1, 6)), max_size=30))
 def test_attempts_increase_and_a_round_is_opened_once(
     deeds: list[tuple[bool, int, int]],
@@ -437,7 +437,7 @@ class Site:
 
 
 @given(events)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_no_patient_ever_exceeds_the_budget_and_no_start_is_forgotten(events: list[Event]) -> None:
     site = Site()
     for event in events:
@@ -455,7 +455,7 @@ def test_no_patient_ever_exceeds_the_budget_and_no_start_is_forgotten(events: li
 
 
 @given(events)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_closing_everything_leaves_exactly_what_was_started(events: list[Event]) -> None:
     site = Site()
     for event in events:

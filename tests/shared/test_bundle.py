@@ -205,7 +205,7 @@ class TestStateHash:
         stream += self.STATE["b"].numpy().astype("<f4").tobytes()
         assert state_sha256(self.STATE) == hashlib.sha256(stream).hexdigest()
 
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     @given(st.permutations(["a", "b", "c", "d"]))
     def test_insertion_order_does_not_matter(self, order: list[str]) -> None:
         values = {name: torch.full((2,), float(ord(name))) for name in "abcd"}

@@ -44,7 +44,7 @@ def test_normalised_images_are_not_clipped() -> None:
     assert np.percentile(normalise(reference), 99.5) == pytest.approx(1)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**16),
     scale=st.floats(1e-6, 1e6),
@@ -55,7 +55,7 @@ def test_scores_do_not_depend_on_either_scale(seed: int, scale: float, other: fl
     assert score(scale * reference, other * image) == pytest.approx(score(reference, image))
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**16))
 def test_more_noise_scores_worse_everywhere(seed: int) -> None:
     reference, _ = pair(seed)

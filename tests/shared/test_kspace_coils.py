@@ -16,7 +16,7 @@ def _complex(*shape, seed=0):
     return torch.randn(shape, dtype=torch.complex128, generator=generator)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 99))
 def test_encoding_operator_and_its_adjoint(rows, columns, coils, seed):
     maps, image = (

@@ -15,7 +15,7 @@ def _complex(shape, seed):
     return torch.randn(shape, dtype=torch.complex128, generator=generator)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(SIZES, SIZES, st.integers(0, 99))
 def test_unitary(rows, columns, seed):
     x, y = _complex((2, 3, rows, columns), seed), _complex((2, 3, rows, columns), seed + 100)

@@ -43,7 +43,7 @@ def test_realised_acceleration_of_uniform_masks(phase, realised):
         assert realised_acceleration(mask) == pytest.approx(expected, abs=0.0501)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(PATTERNS),
     st.floats(1, 30),

@@ -73,7 +73,7 @@ def test_the_rv_is_read_at_the_systole_of_the_lv() -> None:
     assert found["RVESV"] == pytest.approx(volumes(heart)["RVESV"])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.floats(0.3, 4), st.floats(0.3, 4), st.floats(2, 15), st.floats(0.5, 3))
 def test_ratios_ignore_spacing_and_volumes_scale_with_it(
     row: float, column: float, pitch: float, factor: float

@@ -128,7 +128,7 @@ def obeys(table: PhenotypeTable) -> None:
         assert fraction == pytest.approx(100 * stroke / largest)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(arrays(np.float64, (4, 16), elements=st.floats(-400, 400)))
 def test_projection_obeys_the_identities_and_is_idempotent(values: np.ndarray) -> None:
     once = project(PhenotypeTable(CAVITY_NAMES, values))

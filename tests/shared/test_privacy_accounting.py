@@ -97,7 +97,7 @@ class TestRenyi:
         cost = rdp(release(1e-7, 50.0), 2)
         assert cost == pytest.approx(1e-14 * math.expm1(1 / 2500), rel=1e-12)
 
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(rates, noises, st.integers(1, 1000), orders, st.floats(1.01, 3))
     def test_cost_grows_with_rate_steps_and_order_and_falls_with_noise(
         self, q: float, sigma: float, steps: int, order: int, factor: float
@@ -126,7 +126,7 @@ class TestRenyi:
 
 
 class TestConversion:
-    @settings(deadline=None, max_examples=80)
+    @settings(max_examples=80)
     @given(st.floats(0.1, 50), deltas, orders)
     def test_limit_is_the_largest_divergence_that_keeps_epsilon(
         self, epsilon: float, delta: float, order: int
@@ -253,7 +253,7 @@ class TestLossDistribution:
 
 
 class TestFigures:
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(st.dictionaries(releases, st.integers(1, 20), min_size=1, max_size=3), deltas, orders)
     def test_pld_never_exceeds_the_filter(
         self, spent: dict[Release, int], delta: float, order: int

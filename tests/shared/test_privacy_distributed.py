@@ -124,7 +124,7 @@ class TestSampler:
         assert len(np.unique(values)) >= 0.97 * count
 
     @given(st.floats(16, 2.0**40))
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     def test_the_first_draws_are_exact_and_the_last_one_has_a_chance(
         self, deviation: float
     ) -> None:
@@ -215,7 +215,7 @@ class TestIntegers:
         st.sampled_from(["flat", "per-layer"]),
         st.sampled_from([torch.float32, torch.float64]),
     )
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     def test_no_patient_moves_the_sum_by_more_than_the_levels(
         self, values: list[float], clip: float, clipping: Any, dtype: torch.dtype
     ) -> None:
@@ -254,7 +254,7 @@ class TestIntegers:
             Mechanism(1e-305, 1.0, 1.0, levels=levels).grid_scale(1)
 
     @given(st.lists(st.integers(-60, 60), min_size=4, max_size=4), st.data())
-    @settings(deadline=None, max_examples=200)
+    @settings(max_examples=200)
     def test_limiting_the_sum_brings_neighbours_no_further_apart(
         self, others: list[int], data: st.DataObject
     ) -> None:
@@ -417,7 +417,7 @@ class TestAccounting:
         assert divergence(without, with_patient, order) <= claimed * (1 + 1e-9)
 
     @given(st.floats(0.001, 0.999), st.floats(0.5, 8), st.integers(2, 32), st.integers(1, 6))
-    @settings(deadline=None, max_examples=100)
+    @settings(max_examples=100)
     def test_the_mixture_is_further_from_the_noise_than_the_reverse(
         self, q: float, deviation: float, order: int, shift: int
     ) -> None:
@@ -457,7 +457,6 @@ class TestAccounting:
         assert divergence(mixed, enough, order) <= rdp(release(0.1, noise), order) * (1 + 1e-9)
 
     @given(st.floats(0.001, 1), st.floats(0.5, 20), st.integers(2, 64))
-    @settings(deadline=None)
     def test_costs_what_a_site_of_its_own_noise_would(
         self, q: float, noise: float, order: int
     ) -> None:

@@ -73,7 +73,7 @@ def test_totals_of_scaled_scores() -> None:
     }
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(scores, max_size=4), metrics, bins, st.none() | st.just(1.0))
 def test_the_layout_is_the_jobs_and_not_the_datas(
     patients: list[dict[str, float]], chosen: list[str], count: int, noise: float | None
@@ -88,7 +88,7 @@ def test_the_layout_is_the_jobs_and_not_the_datas(
         assert all(bool(torch.isfinite(total).all()) for total in totals.values())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(scores, max_size=4), scores, metrics, bins, metrics)
 def test_one_patient_moves_the_totals_by_at_most_the_sensitivity(
     others: list[dict[str, float]],
@@ -111,7 +111,7 @@ def test_the_sensitivity_is_reached(count: int) -> None:
     assert sensitivity(3, count) == pytest.approx(math.sqrt(9 if count else 6), rel=1e-12)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(scores, max_size=5), st.lists(scores, max_size=5), metrics, bins)
 def test_totals_of_sites_add_up_to_those_of_all_patients(
     north: list[dict[str, float]], south: list[dict[str, float]], chosen: list[str], count: int

@@ -35,7 +35,7 @@ def release(sampling_rate: float, noise_multiplier: float | None, steps: int) ->
 
 
 class TestLargestAndLeast:
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(allowances, rates, st.integers(1, 100), st.integers(1, 50))
     def test_least_noise_fits_and_a_thousandth_less_does_not(
         self, allowance: Allowance, rate: float, steps: int, starts: int
@@ -49,7 +49,7 @@ class TestLargestAndLeast:
         assert starts * rdp(release(rate, less, steps), allowance.order) > allowance.remaining_rdp
         assert round(sigma, 3) == sigma
 
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(allowances, rates, st.floats(0.5, 10), st.integers(1, 100))
     def test_one_start_more_than_fit_breaks_the_budget(
         self, allowance: Allowance, rate: float, sigma: float, steps: int

@@ -48,7 +48,7 @@ def test_tiny_rates_draw_almost_nobody() -> None:
     assert stats.poisson.cdf(drawn, 200) == pytest.approx(0.5, abs=0.5 - 1e-7)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.text(max_size=3), max_size=20),
     st.floats(min_value=0, max_value=1, exclude_min=True),

@@ -171,7 +171,7 @@ class TestRoundTrip:
 
 
 class TestTampering:
-    @settings(deadline=None, max_examples=300)
+    @settings(max_examples=300)
     @given(data=st.data())
     def test_no_flipped_bit_verifies(
         self, data: st.DataObject, place: Path, release: bytes, key: SiteKey
@@ -204,7 +204,7 @@ class TestTampering:
                 with pytest.raises(ModelError):
                     read_archive(BytesIO(content), LARGEST, copies)
 
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(data=st.data())
     def test_no_truncated_file_verifies(
         self, data: st.DataObject, place: Path, release: bytes, key: SiteKey

@@ -53,13 +53,13 @@ def acquisition(**values: Any) -> AcquisitionMetadata:
 
 
 class TestAcquisition:
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(known_words)
     def test_json_round_trip(self, known: dict[str, Any]) -> None:
         metadata = acquisition(**known)
         assert AcquisitionMetadata.model_validate_json(metadata.model_dump_json()) == metadata
 
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     @given(known_words)
     def test_a_field_is_missing_or_known(self, known: dict[str, Any]) -> None:
         missing = set(acquisition(**known).missing)
@@ -96,7 +96,7 @@ class TestAcquisition:
         with pytest.warns(UnknownVocabularyWarning, match="^scanner 'Vida'"):
             acquisition(vendor="GE", scanner="Vida")
 
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     @given(known_words)
     def test_known_words_do_not_warn(self, known: dict[str, Any]) -> None:
         with warnings.catch_warnings():
@@ -269,7 +269,7 @@ class TestJsonSchema:
     def test_nothing_else_is_documented(self) -> None:
         assert sorted(path.stem for path in DOCUMENTS.iterdir()) == sorted(exported_schemas())
 
-    @settings(deadline=None, max_examples=20)
+    @settings(max_examples=20)
     @given(known_words)
     def test_accepts_what_is_written_and_what_may_be_read(self, known: dict[str, Any]) -> None:
         validator = Draft202012Validator(json_schema(AcquisitionMetadata))

@@ -75,7 +75,6 @@ def test_every_drawn_schedule_opens_the_exact_sum_or_nothing(count: int) -> None
 
     @settings(
         max_examples=SCHEDULES[count],
-        deadline=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
     @given(schedules(setting))

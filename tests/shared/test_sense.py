@@ -87,7 +87,7 @@ def random_complex(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.complex128)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**16), regularisation=st.floats(0, 1))
 def test_normal_operator_is_self_adjoint_and_positive(seed: int, regularisation: float) -> None:
     x, z = random_complex(seed, 2, 1, 9, 12), random_complex(seed + 1, 2, 1, 9, 12)
@@ -125,7 +125,7 @@ def test_true_maps_remove_moderate_uniform_aliasing() -> None:
     assert float((result - image).norm() / image.norm()) < 1e-3
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 100), regularisation=st.sampled_from([0.0, 0.01, 0.3]))
 def test_objective_never_grows_and_the_error_to_the_solution_shrinks(
     seed: int, regularisation: float

@@ -291,7 +291,7 @@ class TestCLIP:
 
 
 class TestHashed:
-    @settings(deadline=None, max_examples=30)
+    @settings(max_examples=30)
     @given(st.text(max_size=60))
     def test_unit_length_or_zero(self, text: str) -> None:
         norm = HashedEncoder().encode([text])[0].norm().item()

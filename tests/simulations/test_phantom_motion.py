@@ -34,7 +34,7 @@ def test_volume_curve_ejects_in_a_third_of_the_cycle_and_closes() -> None:
     assert np.abs(np.diff(curve)).max() < 0.01
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.sampled_from(sorted(PROFILES)), st.integers(0, 2**20), st.floats(0, 1, exclude_max=True))
 def test_shapes_hit_their_volumes_and_keep_the_muscle(
     disease: str, seed: int, phase: float

@@ -29,7 +29,7 @@ from fedcmr_simulations.phantom.tissue import (
 
 T1 = st.floats(150, 4000)
 FIELDS = (0.55, 1.5, 3.0, 5.0)
-laws = settings(deadline=None, max_examples=30)
+laws = settings(max_examples=30)
 
 
 @laws

@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from small_scans import small_store
 
 from fedcmr_client.store.split import SplitFractions
 from fedcmr_server.run_folder import RunFolder
@@ -52,6 +54,26 @@ PRIVATE = SimulationConfig(
 )
 
 
+class Finished(NamedTuple):
+    sites: Path
+    run: Path
+    summary: dict[str, Any]
+
+
+HALVES = SplitFractions(0.5, 0.25, 0.25)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run of two rounds with two workers."""
+    root = tmp_path_factory.mktemp("finished")
+    small_store(root / "sites" / "north", 10, HALVES)
+    small_store(root / "sites" / "south", 10, HALVES, coils=4, phase=40, first_seed=77)
+    wanted = request(CONFIG, root / "run", root / "sites")
+    assert wanted.workers == 2
+    return Finished(root / "sites", root / "run", simulate(wanted, SilentProgress()))
+
+
 @pytest.fixture
 def sites(make_site: Callable[..., Path]) -> Path:
     make_site("north", 10)
@@ -62,11 +84,10 @@ def request(config: SimulationConfig, out: Path, data: Path) -> SimulationReques
     return SimulationRequest(config, 2, out, data, private=config.job.privacy is not None)
 
 
-def test_a_run_leaves_everything_that_its_readers_need(sites: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    summary = simulate(request(CONFIG, out, sites), SilentProgress())
+def test_a_run_leaves_everything_that_its_readers_need(finished: Finished) -> None:
+    out = finished.run
     written = json.loads((out / "summary.json").read_text())
-    assert written == json.loads(json.dumps(summary))
+    assert written == json.loads(json.dumps(finished.summary))
     assert written["status"] == "finished"
     assert (written["rounds"], written["nominal_af"]) == (2, 4)
     assert 1 < written["realised_af"] < 4
@@ -242,15 +263,18 @@ def test_ctrl_c_leaves_a_readable_folder_and_no_process(sites: Path, tmp_path: P
     assert processes_naming(str(out)) == []
 
 
-def test_same_seed_gives_the_same_model(sites: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_model(finished: Finished, tmp_path: Path) -> None:
+    """Whatever the number of workers, and so the order of the answers."""
     from fedcmr_simulations.flower_engine import flower_process
 
-    hashes = []
-    for name, workers in (("first", 1), ("second", 2)):
-        folder = RunFolder.create(tmp_path / name, JOB)
-        with flower_process(folder.root, choose_sites(sites, 2, CohortQuery()), workers) as process:
-            assert process.wait(180) == 0, (folder.root / "flower.log").read_text()
-        hashes.append([e["model_sha256"] for e in folder.events() if e["event"] == "round"])
+    again = RunFolder.create(tmp_path / "again", JOB)
+    places = choose_sites(finished.sites, 2, CohortQuery())
+    with flower_process(again.root, places, 1) as process:
+        assert process.wait(180) == 0, (again.root / "flower.log").read_text()
+    hashes = [
+        [e["model_sha256"] for e in folder.events() if e["event"] == "round"]
+        for folder in (RunFolder(finished.run), again)
+    ]
     assert hashes[0] == hashes[1]
     assert len(set(hashes[0])) == 2
 
