@@ -6,9 +6,9 @@ which nobody copied.
 
 Generators: the packaged starting weights, which saw none of these patients, and the same network
 after its generator was trained on eight of the training patients alone, without privacy and for
-much too long. Each draws as many clips as patients are held out: the starting weights for the
-phenotypes of these, the over-trained one for those of its eight. The latter is examined twice:
-against all training patients, of whom it knows eight, and against these eight.
+much too long. Each draws as many clips as patients are held out, for phenotypes of training patients
+as at a site: the starting weights of all, the over-trained one of its eight. The latter is examined
+twice: against all training patients, of whom it knows eight, and against these eight.
 
 Seconds are those of one thread's work.
 
@@ -146,7 +146,7 @@ def generators(
     start = time.process_time()
     memorising = over_trained(model, few, steps)
     seconds = time.process_time() - start
-    honest_clips = draw_clips(model, held_out.phenotypes, PLAN, SEED)
+    honest_clips = draw_clips(model, training.phenotypes, PLAN, SEED)  # as sites do
     copied_clips = draw_clips(memorising, asked, PLAN, SEED)
     result: dict[str, Any] = {"over-training": {"steps": steps, "seconds": round(seconds, 1)}}
     for name, patients, clips in (
@@ -160,6 +160,7 @@ def generators(
             "outcome": examination.outcome,
             "seconds": round(time.process_time() - start, 1),
             "text": examination.text,
+            "plain copies found": examination.found,
         }
         if examination.findings is not None:
             row.update(told(examination.findings))
