@@ -9,9 +9,11 @@ machine hardly changes.
 Second table (``--quality-seconds``): a tiny generator learns beating rings for so long; then each
 sampler draws the same tokens from the same noise and contexts. The truth is `ddim` in 900 steps.
 
-    python benchmarks/cpgg_sampling.py --size tiny --quality-seconds 120
-    python benchmarks/cpgg_sampling.py --size paper --rows masked raster --method dpm \
-        --diffusion-steps 20
+    python benchmarks/cpgg_sampling.py --size tiny --quality-seconds 60
+    python benchmarks/cpgg_sampling.py --size paper --rows masked raster ordered "ordered raster" \
+        --method dpm --diffusion-steps 20
+
+``--json benchmarks/results/cpgg_sampling.json`` keeps what they print.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ ROWS: dict[str, tuple[Attention, dict[str, Any]]] = {
 }
 PHENOTYPES = 82
 LATENT_SCALE = 1.5
+LATENT_SHAPE = CONFIGS["tiny"].generator.latent_shape
+FOLD = (2, 2, 2)
+POINTS = (2 * LATENT_SHAPE[1], 2 * LATENT_SHAPE[2], 2 * LATENT_SHAPE[3])
 SAMPLERS = [
     ("ancestral", 100),
     ("ancestral", 20),
@@ -127,25 +132,26 @@ def peak_mib(device: str) -> float:
 
 
 def rings(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents of beating rings on 24 x 12 x 12 points and their two conditions.
+    """Latents of beating rings on 16 x 12 x 12 points and their two conditions.
 
     The conditions are the cavity's largest radius and how far it contracts, both in [-1, 1].
     """
     generator = torch.Generator().manual_seed(seed)
     told = 2 * torch.rand(count, 2, generator=generator) - 1
-    phase = torch.sin(torch.pi * torch.arange(24) / 24) ** 2
+    frames, rows, columns = POINTS
+    phase = torch.sin(torch.pi * torch.arange(frames) / frames) ** 2
     radius = (0.5 + 0.15 * told[:, :1]) * (1 - (0.3 + 0.2 * told[:, 1:]) * phase)
-    y, x = torch.linspace(-1, 1, 12)[:, None], torch.linspace(-1, 1, 12)
+    y, x = torch.linspace(-1, 1, rows)[:, None], torch.linspace(-1, 1, columns)
     inside = torch.sigmoid((radius[..., None, None] - (y**2 + x**2).sqrt()) * 8)
-    frames = (2 * inside - 1)[:, None]
+    clips = (2 * inside - 1)[:, None]
     # Neighbouring frames, rows and columns become channels: a public, exact "autoencoder".
-    folded = patchify(frames, (2, 2, 2)).transpose(1, 2).reshape(count, 8, 12, 6, 6)
+    folded = patchify(clips, FOLD).transpose(1, 2).reshape(count, *LATENT_SHAPE)
     return folded, torch.cat([told, torch.zeros(count, PHENOTYPES - 2)], 1)
 
 
 def first_area(latents: Tensor) -> Tensor:
     """Return the cavity's share of the first frame."""
-    frames = unpatchify(latents.flatten(2).transpose(1, 2), (1, 24, 12, 12), (2, 2, 2))
+    frames = unpatchify(latents.flatten(2).transpose(1, 2), (1, *POINTS), FOLD)
     return (frames[:, 0, 0].clamp(-1, 1) + 1).mean((1, 2)) / 2
 
 
@@ -162,7 +168,8 @@ def trained(seconds: float) -> MaskedGenerator:
             group["lr"] = 2e-3 * min(1.0, 20 * passed, 2 * (1 - passed))
         some = torch.randint(len(latents), (16,), generator=generator)
         optimiser.zero_grad()
-        model.loss(latents[some], told[some], draw(config, 16, generator)).mean().backward()
+        loss = model.loss(latents[some], told[some], draw(config, 16, generator)).mean()
+        loss.backward()  # type: ignore[no-untyped-call]  # torch is partly untyped
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
     return model.eval()
@@ -232,16 +239,17 @@ def main() -> None:
     parser.add_argument("--diffusion-steps", type=int, default=100)
     parser.add_argument("--no-decoder", action="store_true", help="do not decode the latents")
     parser.add_argument("--quality-seconds", type=float, default=0.0)
-    parser.add_argument("--json", type=Path, help="also write the tables here")
+    parser.add_argument("--json", type=Path, help="also write the tables here; others in it stay")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     common = {"method": options.method, "diffusion_steps": options.diffusion_steps}
     cost: list[dict[str, Any]] = []
-    tables = {"size": options.size, "clips": options.clips, **common, "cost": cost}
+    tables: dict[str, Any] = {options.size: {"clips": options.clips, **common, "cost": cost}}
 
     def write() -> None:
         if options.json:
-            options.json.write_text(json.dumps(tables, indent=1) + "\n")
+            known = json.loads(options.json.read_text()) if options.json.exists() else {}
+            options.json.write_text(json.dumps({**known, **tables}, indent=1) + "\n")
 
     for row in options.rows:
         with context.Pool(1) as pool:
@@ -258,9 +266,10 @@ def main() -> None:
         show(cost)
     if options.quality_seconds:
         torch.set_num_threads(1)
-        tables["quality"] = quality(trained(options.quality_seconds))
-        print(f"\ntiny, trained on rings for {options.quality_seconds:g} s")
-        show(tables["quality"])
+        name = f"tiny, trained on rings for {options.quality_seconds:g} s"
+        tables[name] = quality(trained(options.quality_seconds))
+        print(f"\n{name}")
+        show(tables[name])
         write()
 
 
