@@ -23,7 +23,7 @@ from fedcmr_shared.schemas.signed_job import JobAuthorisation
 
 
 def card_of(
-    federation: str,
+    federation: tuple[str, str],
     job: JobSpec,
     authorisation: JobAuthorisation,
     lineage: Lineage,
@@ -33,13 +33,15 @@ def card_of(
 ) -> ModelCard:
     """Return the card of the last model of ``job``, whose ``events`` are the oldest first.
 
+    ``federation`` is its name and the SHA-256 of its authority's certificate.
+
     Raises:
         pydantic.ValidationError: these do not fit together.
     """
     purpose = PURPOSES[job.model.name]
     return ModelCard(
-        federation=federation,
-        federation_sha256=authorisation.federation,
+        federation=federation[0],
+        federation_sha256=federation[1],
         job_sha256=job.sha256,
         job=job,
         authorisation=authorisation,

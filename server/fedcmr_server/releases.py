@@ -199,8 +199,8 @@ def _card(
     try:
         authorisation = JobAuthorisation.model_validate_json(row.authorisation)
         lineage = _lineage(store, row, job, events)
-        name = home.settings.federation
-        return card_of(name, job, authorisation, lineage, gates, events, now)
+        federation = (home.settings.federation, home.federation_sha256)
+        return card_of(federation, job, authorisation, lineage, gates, events, now)
     except ValidationError as error:
         raise FederationError(
             f"job {row.name} left behind what does not fit together: {problems(error)}: restore "

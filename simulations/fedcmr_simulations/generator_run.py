@@ -101,9 +101,9 @@ def _release(folder: RunFolder, start: str | None, gates: Sequence[GateResult]) 
     job, events = folder.job, folder.events()
     key, federation = _coordinator(folder)
     now = datetime.now(UTC).replace(microsecond=0)
-    authorisation = JobAuthorisation.sign(job, federation, (now, now + _WEEK), key)
+    authorisation = JobAuthorisation.sign(job, federation[1], (now, now + _WEEK), key)
     lineage = _lineage(folder, job, start, events)
-    card = card_of(_FEDERATION, job, authorisation, lineage, gates, events, now)
+    card = card_of(federation, job, authorisation, lineage, gates, events, now)
     path = folder.root / "release.zip"
     ReleaseBundle.write(path, folder.bundle_path(job.rounds), card, key)
     written = ReleaseBundle.verify(path, key.public_key)
@@ -115,15 +115,15 @@ def _refuse(folder: RunFolder, bundle: Bundle, gate: GateResult) -> None:
     key, federation = _coordinator(folder)
     now = datetime.now(UTC).replace(microsecond=0)
     refused = (folder.job.sha256, bundle.sha256)
-    refusal = ReleaseRefusal.sign((_FEDERATION, federation), refused, gate, now, key)
+    refusal = ReleaseRefusal.sign(federation, refused, gate, now, key)
     text = refusal.model_dump_json(indent=1)
     (folder.root / "refusal.json").write_text(f"{text}\n", encoding="utf-8")
 
 
-def _coordinator(folder: RunFolder) -> tuple[SiteKey, str]:
-    """Make a coordinator for this run alone; return its key and the federation's SHA-256."""
+def _coordinator(folder: RunFolder) -> tuple[SiteKey, tuple[str, str]]:
+    """Make a coordinator for this run alone; return its key, and the federation's name and SHA-256."""
     key = SiteKey.create(folder.root / "coordinator.pem")
-    return key, fingerprint(new_authority(_FEDERATION).certificate)
+    return key, (_FEDERATION, fingerprint(new_authority(_FEDERATION).certificate))
 
 
 def _lineage(

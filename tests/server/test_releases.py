@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from fedcmr_server import releases
 from fedcmr_server.commands.release import release as release_command
 from fedcmr_server.home import CoordinatorHome
-from fedcmr_server.job_control import submit
+from fedcmr_server.job_control import authorise, submit
 from fedcmr_server.job_events import event_text
 from fedcmr_server.job_states import JobEvent
 from fedcmr_server.release_gates import MemorisationGate
@@ -307,6 +307,18 @@ class TestDamage:
             for number in (0, 2):
                 session.delete(session.get(RoundRow, (finished, number)))
         with pytest.raises(FederationError, match="has no rounds"):
+            release(home, store, finished)
+        assert _nothing_left(home, store)
+
+    def test_a_job_that_another_federation_signed(
+        self, home: CoordinatorHome, store: Store, finished: str, tmp_path: Path
+    ) -> None:
+        foreign = authorise(new_home(tmp_path / "foreign"), JOB, 90)
+        with store.writing() as session:
+            row = session.get(JobRow, finished)
+            assert row is not None
+            row.authorisation = foreign.model_dump_json()
+        with pytest.raises(FederationError, match="authorisation: it is of another federation"):
             release(home, store, finished)
         assert _nothing_left(home, store)
 
