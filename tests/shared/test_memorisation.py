@@ -131,15 +131,18 @@ class TestExamine:
         """The attack has to succeed where it should; what it finds all the same has been found."""
         clips = different_hearts(3 * PATIENTS, seed=1)
         training, held_out, fresh = torch.split(clips, PATIENTS)
-        weak = examine(training, held_out, fresh, QUICK, seeded())
-        assert weak.findings is not None
-        assert not fails(weak.findings)
-        assert weak.found is not None
-        assert weak.found < QUICK.least_found
+        found = examine(training, held_out, fresh, QUICK, seeded()).found
+        assert found is not None
+        assert found < 1
+        strict = replace(QUICK, least_found=(1 + found) / 2)
+        weak = examine(training, held_out, fresh, strict, seeded())
+        assert weak.found == found
         assert weak.outcome == "undecided"
         assert weak.text.startswith("undecided: the detector found ")
-        content = replace(QUICK, least_found=weak.found)
+        content = replace(QUICK, least_found=found)
         assert examine(training, held_out, fresh, content, seeded()).outcome == "passed"
+        copied = noisy(training[:12].repeat(5, 1, 1, 1, 1), 0.1)
+        assert examine(training, held_out, copied, strict, seeded()).outcome == "failed"
 
     def test_59_held_out_patients_decide_nothing_and_60_do(self) -> None:
         training, held_out = different_hearts(8), different_hearts(LEAST_HELD_OUT, 1)
@@ -230,7 +233,7 @@ class TestShares:
         assert np.mean([each.training.share for each in found]) == pytest.approx(0.05, abs=0.006)
         excess = [each.synthetic.share - each.synthetic.chance for each in found]
         assert np.mean(excess) == pytest.approx(0, abs=0.01)
-        assert np.mean([fails(each) for each in found]) <= 0.07
+        assert np.mean([fails(each) for each in found]) <= 0.03
 
     def test_more_clips_than_held_out_patients_would_find_more_neighbours(self) -> None:
         """Why sizes must match: four times as many give up to 1 - 0.95⁴ = 18.5 % by chance."""
@@ -319,7 +322,7 @@ class TestShares:
             for k in range(200)
         ]
         assert np.mean([each.training.share for each in honest]) == pytest.approx(1 / 9, abs=0.03)
-        assert np.mean([fails(each) for each in honest]) <= 0.16
+        assert np.mean([fails(each) for each in honest]) <= 0.1
         copied = compare(
             points(8, 0), points(60, 1), points(8, 0).repeat(8, 1)[:60], STEP, seeded()
         )

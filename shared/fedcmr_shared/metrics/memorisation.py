@@ -11,11 +11,11 @@ that copies nobody and whose clips are spread as new patients' are:
 - of the training patients, 5 % are near a synthetic clip;
 - of the synthetic clips, as many are near a training patient as of the held-out patients.
 
-Each excess has a 95 % bootstrap interval. The generator *fails* when either lower bound is above 0
+Each excess has a 99 % bootstrap interval. The generator *fails* when either lower bound is above 0
 and *passes* otherwise. The first share sees many patients copied once, the second a few patients
-copied often. Either bound is above 0 by chance in at most some 3 of 100 examinations. With fewer
-than 19 training patients tau is the largest correlation of any held-out patient, and an honest
-generator fails in about 10 of 100.
+copied often. The level is strict because one site that fails by chance keeps a model back: either bound is
+above 0 in at most some 1 of 100 examinations of an ideal generator. With fewer than 19 training
+patients tau is the largest correlation of any held-out patient, and some 5 of 100 fail.
 
 The gate is *undecided* where copies could pass unseen: with fewer than 60 held-out patients; where tau
 is 1 or no number, as held-out patients are training patients or the detector tells nobody apart; and
@@ -66,7 +66,7 @@ class GateConfig:
     detector: CopyDetectorConfig = field(default_factory=CopyDetectorConfig)
     chance: float = 0.05
     least_found: float = 0.9
-    confidence: float = 0.95
+    confidence: float = 0.99
     resamples: int = 2000
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ _GROUPS: Final = 4
 _BATCH: Final = 64
 
 _TURN: Final = math.radians(20)
-_PLAIN_TURN: Final = math.radians(10)
+_PLAIN_TURN: Final = math.radians(8)
 _ZOOM: Final = 0.06
 _SHIFT: Final = 0.08  # of the field of view
 _GAMMA: Final = 0.2
@@ -158,7 +158,7 @@ def altered(views: Tensor, generator: torch.Generator) -> Tensor:
 def plainly_copied(clips: Tensor, generator: torch.Generator) -> Tensor:
     """Return what a detector must find: each clip ``[n, 1, frames, rows, columns]``, hardly altered.
 
-    Mirrored or not, turned by up to 10 degrees, begun at another phase of the beat, and noisy.
+    Mirrored or not, turned by up to 8 degrees, begun at another phase of the beat, and noisy.
     """
     views = viewed(clips)
     turn, *mirrors = 2 * torch.rand(3, len(views), generator=generator) - 1
