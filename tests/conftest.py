@@ -1,8 +1,6 @@
 """Small sites with smooth random images seen by a few coils, and with policy and ledger."""
 
-import os
 from collections.abc import Callable
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +21,20 @@ HALVES = SplitFractions(0.5, 0.25, 0.25)
 settings.register_profile("fedcmr", deadline=None)
 settings.load_profile("fedcmr")
 
-LONGEST = {
-    "simulations/test_runner.py": 360,
-    "system/test_faults.py": 325,
-    "system/test_federation.py": 170,
-    "system/test_generator_run.py": 110,
-    "system/test_real_images.py": 70,
-    "server/test_job_run_crash.py": 55,
-    "server/test_supervisor.py": 50,
-    "system/test_supernode.py": 50,
-}
-"""Files whose tests take longest, and about how many seconds on two cores."""
+LONGEST = (
+    "test_faults.py",
+    "test_federation.py",
+    "test_runner.py",
+    "test_real_images.py",
+    "test_generator_run.py",
+)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deal the longest files to the workers, who begin with them, so that all end together.
-
-    With worksteal each worker gets one stretch of the list, all of about the same length.
-    """
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    files: dict[str, list[pytest.Item]] = {name: [] for name in LONGEST}
-    others: list[pytest.Item] = []
-    for item in items:
-        files.get("/".join(item.path.parts[-2:]), others).append(item)
-    hands: list[list[pytest.Item]] = [[] for _ in range(workers)]
-    seconds = [0] * workers
-    for name, took in LONGEST.items():
-        least = seconds.index(min(seconds))
-        hands[least] += files[name]
-        seconds[least] += took
-    rest, count = iter(others), len(items)
-    for number, hand in enumerate(hands):
-        size = count * (number + 1) // workers - count * number // workers
-        hand += islice(rest, max(0, size - len(hand)))
-    items[:] = [*chain.from_iterable(hands), *rest]
+    """Begin with the longest tests, so that no worker ends long after the others."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture

@@ -20,18 +20,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedcmr_client.ledger.place import make_folder
-from fedcmr_client.sealed_files import erase, read_sealed, write_sealed
+from fedcmr_client.sealed_files import SealBroken, erase, read_sealed, write_sealed
 from fedcmr_shared.errors import LedgerError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedcmr_client.store.site_store import ScanRecord
-
-_CONSEQUENCE: Final = "it is computed again"
 
 _log = logging.getLogger("fedcmr.site")
 
@@ -99,10 +97,8 @@ class LatentCache:
 
     def _read(self, path: Path) -> bytes | None:
         try:
-            return read_sealed(path, self.key, _CONSEQUENCE)
-        except LedgerError as error:
-            if isinstance(error.__cause__, OSError):
-                raise
+            return read_sealed(path, self.key, "it is computed again")
+        except SealBroken:
             # Without the key nobody can forge one. To fail would cost the round's privacy each time.
             _log.warning("%s: is damaged: computed and written anew", path)
             return None

@@ -19,12 +19,16 @@ KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 
 
+class SealBroken(LedgerError):
+    """A sealed file is damaged, or was written with another key or under another name."""
+
+
 def read_sealed(path: Path, key: bytes, consequence: str) -> bytes | None:
     """Return what `write_sealed` wrote with the same key; None where there is no file.
 
     Raises:
-        LedgerError: it cannot be read or was not written so; ``consequence`` says what removing
-            it means.
+        SealBroken: it was not written so; ``consequence`` says what removing it means.
+        LedgerError: the disk does not give it.
     """
     try:
         sealed = path.read_bytes()
@@ -37,7 +41,7 @@ def read_sealed(path: Path, key: bytes, consequence: str) -> bytes | None:
         return AESGCM(key).decrypt(nonce, body, path.name.encode())
     except (InvalidTag, ValueError) as error:
         message = f"was changed or is another site's: remove it, {consequence}"
-        raise LedgerError(f"{path}: {message}") from error
+        raise SealBroken(f"{path}: {message}") from error
 
 
 def write_sealed(path: Path, key: bytes, content: bytes) -> None:

@@ -130,7 +130,7 @@ class Attempt:
         self.ahead = KeysAhead()
         self._link = link
         self._job = job
-        self._bounds = bounds
+        self.bounds = bounds
         self._of_site = {site: one for one in self.sums for site in one.roster.sites}
         self._sites: dict[int, str] = {}
         self._strangers: dict[str, Loss] = {}
@@ -314,10 +314,10 @@ class Attempt:
     def _require_enough(self) -> None:
         left = self._left()
         sites = sum(len(one.aggregation.taking_part) for one in left)
-        if len(left) >= self._bounds.groups and sites >= self._bounds.sites:
+        if len(left) >= self.bounds.groups and sites >= self.bounds.sites:
             return
         reasons = "; ".join(str(one.over) for one in self.sums if one.over is not None)
-        raise AttemptOver(reasons or f"{sites} sites are left; {self._bounds.sites} are needed")
+        raise AttemptOver(reasons or f"{sites} sites are left; {self.bounds.sites} are needed")
 
     def _lose(self, site: str, error: ProtocolError) -> None:
         _log.warning("%s: lost %s: %s", self.session, site, error)

@@ -87,7 +87,7 @@ class SecureSums:
         for attempt in range(last + 1, last + 1 + self._job.secure.attempts):
             session = Session(job=self._job.sha256, phase=phase, round=number, attempt=attempt)
             sums = Attempt(self._link, self._job, session, self._groups, bounds)
-            outcome, reason = self._try(sums, task, bounds)
+            outcome, reason = self._try(sums, task)
             traffic.add(sums.traffic)
             if outcome != "ended":
                 opened = sums.opened if outcome == "opened" else ()
@@ -129,10 +129,8 @@ class SecureSums:
             "are needed: submit another job, or agree on the sites' policies and resume this one"
         )
 
-    def _try(
-        self, sums: Attempt, task: Task, bounds: Bounds
-    ) -> tuple[AttemptOutcome, AttemptOver | None]:
-        nodes = self._link.connected(bounds.sites, CONNECT_TIMEOUT_S)
+    def _try(self, sums: Attempt, task: Task) -> tuple[AttemptOutcome, AttemptOver | None]:
+        nodes = self._link.connected(sums.bounds.sites, CONNECT_TIMEOUT_S)
         place = sums.session.model_dump(exclude={"job"})
         self._run.record("attempt_started", **place)
         started = time.monotonic()
@@ -165,7 +163,7 @@ class SecureSums:
             bytes_up=sums.traffic.up,
             bytes_down=sums.traffic.down,
             exchanges=sums.traffic.exchanges,
-            **self._sizes(bounds),
+            **self._sizes(sums.bounds),
         )
         return outcome, reason
 

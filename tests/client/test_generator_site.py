@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from energy_parts import CIRCUMSTANCES
 from torch import Tensor, nn
 
 from fedcmr_client import copy_gate
@@ -20,7 +21,7 @@ from fedcmr_client.agent import SiteAgent, _pack_scores, _read_scores
 from fedcmr_client.cine import Heart, cine_of, heart_cycles, read_heart, read_phenotypes
 from fedcmr_client.copy_gate import TRIES, CopyGate
 from fedcmr_client.dataset import Cohort
-from fedcmr_client.energy import Circumstances, Energy, EnergyLog, JobEnergy
+from fedcmr_client.energy import Energy, EnergyLog, JobEnergy
 from fedcmr_client.latents import LatentCache, Latents, erase_job, erase_patient
 from fedcmr_client.objectives import checking_objective, training_objective
 from fedcmr_client.private_round import train_round
@@ -630,18 +631,8 @@ def test_a_damaged_figure_of_energy_loses_no_outcome(
 
 
 def joules(kwh: float) -> Energy:
-    under = Circumstances(
-        country="DEU",
-        g_per_kwh=381.0,
-        intensity_year=2023,
-        pue=1.0,
-        watts_per_thread=4.0,
-        hardware="a machine",
-        interfaces=(),
-        tool="none",
-    )
     return Energy(
-        circumstances=under,
+        circumstances=CIRCUMSTANCES,
         seconds=60.0,
         cpu_seconds=60.0,
         processor_kwh=kwh,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from energy_parts import CIRCUMSTANCES
 
 from fedcmr_client.commands.site_energy import energy as command
 from fedcmr_client.energy import Circumstances, Energy, EnergyLog, JobEnergy
@@ -23,15 +24,13 @@ JOB = JobSpec(
     training=TrainingSpec(local_steps=10),
     privacy=PrivacySpec(sampling_rate=0.1, noise_multiplier=2.0),
 )
-MODELLED = Circumstances(
-    country="DEU",
-    g_per_kwh=381.0,
-    intensity_year=2023,
-    pue=1.2,
-    watts_per_thread=4.0,
-    hardware="Some CPU, 8 threads, 64 GiB",
-    interfaces=(),
-    tool="codecarbon 3.3.2",
+MODELLED = CIRCUMSTANCES.model_copy(
+    update={
+        "g_per_kwh": 381.0,
+        "pue": 1.2,
+        "hardware": "Some CPU, 8 threads, 64 GiB",
+        "tool": "codecarbon 3.3.2",
+    }
 )
 MEASURED = MODELLED.model_copy(update={"interfaces": ("RAPL", "NVML"), "hardware": "Other CPU"})
 

@@ -13,9 +13,9 @@ that copies nobody and whose clips are spread as new patients' are:
 
 Each excess has a 99 % bootstrap interval. The generator *fails* when either lower bound is above 0
 and *passes* otherwise. The first share sees many patients copied once, the second a few patients
-copied often. The level is strict because one site that fails by chance keeps a model back: either bound is
-above 0 in at most some 1 of 100 examinations of an ideal generator. With fewer than 19 training
-patients tau is the largest correlation of any held-out patient, and some 5 of 100 fail.
+copied often. The level is strict because one site that fails by chance keeps a model back: nominally
+1 in 200 for each bound. With fewer than 19 training patients tau is the largest correlation of any
+held-out patient, and chance fails more; `tests/shared/test_memorisation.py` holds how many.
 
 The gate is *undecided* where copies could pass unseen: with fewer than 60 held-out patients; where tau
 is 1 or no number, as held-out patients are training patients or the detector tells nobody apart; and
